@@ -1,0 +1,150 @@
+"""The picture set that every stage of the demo reads: images, captions and the split."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+SIZE = 64
+HELD_OUT = 0.115
+
+
+@dataclass
+class Pictures:
+    """N pictures in memory, with what is known of each.
+
+    Attributes:
+        images: uint8 [N, 3, 64, 64], RGB on white.
+        captions: one text a picture.
+        bases: the name without its tone; the unit of the split, because tone variants are near-duplicates.
+        tones: skin tone, "" where there is none.
+        groups: class for the probe, "" where unknown.
+        split: "train", "test" (base never trained on) or "pair" (base and tone are known apart from each other, their
+            combination is not: hidden from the generator, not from the tokenizer).
+        skipped: what could not be read, one sentence each.
+
+    Example:
+        >>> p = Pictures(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ["a cat", "a dog"], ["cat", "dog"],
+        ...              ["", ""], ["", ""], ["train", "test"])
+        >>> len(p.select("test")), p.select("test").captions
+        (1, ['a dog'])
+    """
+
+    images: Tensor
+    captions: list[str]
+    bases: list[str]
+    tones: list[str]
+    groups: list[str]
+    split: list[str]
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def rows(self, *names: str) -> Tensor:
+        """Positions of the pictures whose split is one of `names`: int64 [n]."""
+        return torch.tensor([i for i, s in enumerate(self.split) if s in names], dtype=torch.int64)
+
+    def take(self, rows: Tensor | Sequence[int]) -> Pictures:
+        """The pictures at `rows` [n], in that order."""
+        rows = [int(r) for r in rows]
+        pick = lambda values: [values[r] for r in rows]  # noqa: E731
+        return Pictures(self.images[rows], pick(self.captions), pick(self.bases), pick(self.tones),
+                        pick(self.groups), pick(self.split), list(self.skipped))
+
+    def select(self, *names: str) -> Pictures:
+        """The pictures whose split is one of `names`."""
+        return self.take(self.rows(*names))
+
+    def float_images(self, rows: Tensor | Sequence[int] | slice = slice(None)) -> Tensor:
+        """float32 [n, 3, H, W] in [-1, 1]."""
+        return self.images[rows].float().div_(127.5).sub_(1.0)
+
+    def save(self, path: Path) -> None:
+        """Write everything to one file, under a temporary name first."""
+        temporary = path.with_name(path.name + ".part")
+        torch.save(vars(self), temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Pictures:
+        """Read what `save` wrote."""
+        return cls(**torch.load(path, weights_only=True))
+
+
+def read_picture(source: Path | bytes, size: int = SIZE) -> Tensor:
+    """One image as uint8 [3, size, size]: composited on white, centre square, area-averaged down.
+
+    Args:
+        source: a path, or the encoded bytes.
+        size: side of the result in pixels.
+
+    Raises:
+        OSError: the picture is broken or of an unknown format.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        try:
+            image = image.convert("RGBA")
+        except (SyntaxError, ValueError, EOFError) as error:
+            raise OSError(f"broken picture: {error}") from error
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(white, image).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+
+
+def stable_order(names: Sequence[str]) -> list[str]:
+    """The distinct names in an order that looks random and is the same on every machine."""
+    return sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def split_by_base(bases: Sequence[str], groups: Sequence[str], share: float = HELD_OUT) -> list[str]:
+    """"train" or "test" for each picture, so that no base name is in both.
+
+    In every group the first `share` of the bases in `stable_order` is held out, so that each class of the probe has test
+    pictures. The split depends on the names alone: numbers of two runs are about the same pictures.
+
+    Args:
+        bases: base name of each picture.
+        groups: group of each picture.
+        share: share of the base names that is held out.
+    """
+    by_group: dict[str, list[str]] = {}
+    for base, group in zip(bases, groups, strict=True):
+        by_group.setdefault(group, []).append(base)
+    held_out = set()
+    for names in by_group.values():
+        order = stable_order(names)
+        held_out.update(order[: round(share * len(order))])
+    return ["test" if base in held_out else "train" for base in bases]
+
+
+def hide_pairs(bases: Sequence[str], tones: Sequence[str], split: Sequence[str], count: int) -> list[str]:
+    """`split` with `count` toned training pictures marked "pair", at most one a base, the tones in turn.
+
+    Every hidden base keeps its other tones in training and every hidden tone is trained on other bases.
+    """
+    split = list(split)
+    rows = {(b, t): i for i, (b, t) in enumerate(zip(bases, tones, strict=True)) if t and split[i] == "train"}
+    kinds = sorted({t for _, t in rows})
+    hidden = 0
+    for base in stable_order([b for b, _ in rows]):
+        if hidden == count:
+            break
+        tone = kinds[hidden % len(kinds)]
+        if (base, tone) in rows and sum((base, t) in rows for t in kinds) > 1:
+            split[rows[base, tone]] = "pair"
+            hidden += 1
+    return split
