@@ -1,0 +1,1 @@
+"""Training by the clock: the stage that both trainings share, and the tokenizer's training."""
