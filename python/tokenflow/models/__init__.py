@@ -1,0 +1,5 @@
+"""Models."""
+
+from tokenflow.models.tokenflow import TokenFlow
+
+__all__ = ["TokenFlow"]
