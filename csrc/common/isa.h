@@ -1,0 +1,6 @@
+// One namespace per instruction set. Files compiled per instruction set use C headers and intrinsics only: an inline
+// std:: function compiled for AVX-512 could be the copy that the linker keeps, and kill older processors.
+#pragma once
+
+#define TOKENFLOW_BEGIN namespace tokenflow_ext { namespace TOKENFLOW_ISA {
+#define TOKENFLOW_END }}

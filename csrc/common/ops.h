@@ -1,0 +1,37 @@
+// The ops of the core. Each is defined once in cpu/<op>.cpp and compiled per instruction set.
+// Shapes: N rows, G groups, K codes, C channels, T tables. "real" is float32, or float64 when x is float64.
+#pragma once
+#include "common/view.h"
+
+#define TOKENFLOW_DECLARE_OPS                                                                                       \
+  Error normalize_rows(View x /*[N, C] any float*/, View y /*[N, C] type of x*/, int threads) noexcept;             \
+  Error normalize_rows_backward(View x /*[N, C]*/, View grad_y /*[N, C]*/, View grad_x /*[N, C]*/, int threads)     \
+      noexcept;                                                                                                     \
+  Error nearest_code(View x /*[N, G, C] any float*/, View codebook /*[G, K, C] real*/, Tables tables, int64_t lo,   \
+                     int64_t hi, View staged /*[N, C] real*/, View packed /*[panels * 32 * (C + 1)] real*/,         \
+                     View indices /*[N, G, topk] int64*/, View scores /*[N, G, topk] real or none*/,                \
+                     View status /*[1] int64: non-finite rows*/, int threads) noexcept;                             \
+  Error quantize(View x /*[N, G, C] any float*/, View codebook /*[G, K, C] real*/, Tables tables,                   \
+                 double loss_weight, View searched /*[N, C] real*/, View staged /*[N, C] real*/,                    \
+                 View packed, View partial /*[G, ceil(N / 64)] float64*/,                                           \
+                 View quantized /*[N, G, C] type of x*/, View indices /*[N, G]*/, View loss /*[] real*/,            \
+                 View code_rows /*[N, G, C] real or none*/, View code_norms /*[N, G, T] real or none*/,             \
+                 View status /*[1]*/, int threads) noexcept;                                                        \
+  Error quantize_backward(View x /*[N, G, C]*/, View code_rows /*[N, G, C] real*/,                                  \
+                          View code_norms /*[N, G, T] real or none*/, View indices /*[N, G]*/,                      \
+                          View grad_quantized /*[N, G, C] type of x or none*/, View grad_loss /*[] real or none*/,  \
+                          Tables tables, double commitment_weight, double codebook_weight,                          \
+                          View spare /*[2, N, G, C] real*/, View order /*[G, N] int64*/,                            \
+                          View starts /*[G, K + 1] int64*/,                                                         \
+                          View grad_x /*[N, G, C] type of x or none*/, View grad_codebook /*[G, K, C] or none*/,    \
+                          int threads) noexcept;                                                                    \
+  Error lookup(View indices /*[N, G]*/, View codebook /*[G, K, C] any float*/, View rows /*[N, G, C] same type*/,   \
+               View status /*[1] int64: ids outside the table*/, int threads) noexcept;                             \
+  Error lookup_backward(View indices /*[N, G]*/, View grad_rows /*[N, G, C]*/, View order, View starts,             \
+                        View grad_codebook /*[G, K, C] type of grad_rows*/, int threads) noexcept;                  \
+  Error code_statistics(View x /*[N, G, C] any float*/, View indices /*[N, G]*/, View order, View starts,           \
+                        View counts /*[G, K] real*/, View sums /*[G, K, C] real*/,                                  \
+                        View status /*[2] int64: ids outside, non-finite rows*/, int threads) noexcept;             \
+  Error ema_update(View codebook /*[G, K, C]*/, View ema_counts /*[G, K]*/, View ema_sums /*[G, K, C]*/,            \
+                   View counts /*[G, K]*/, View sums /*[G, K, C]*/, Tables tables, double decay, double eps,        \
+                   bool normalize_mean, int threads) noexcept;

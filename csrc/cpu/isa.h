@@ -1,0 +1,11 @@
+// Choice of the instruction set at load time.
+#pragma once
+
+namespace tokenflow_ext {
+
+extern const char* const kIsaNames[3];  // by rank: baseline, avx2, avx512
+
+// Rank of the instruction set that runs; *error is set to a sentence when TOKENFLOW_ISA cannot be honoured.
+int choose_isa(const char** error);
+
+}  // namespace tokenflow_ext

@@ -1,0 +1,87 @@
+// nearest_code: indices[n, g, j] = id of the j-th best canonical score of row x[n, g] over codes [lo, hi) of group g.
+// Bytes moved per row: C of x, 8 topk of indices; the packed codebook comes from cache.
+#include "common/ops.h"
+#include "cpu/search.h"
+
+TOKENFLOW_BEGIN
+
+// Best `topk` of all packed codes for one staged row, best first, ties by lowest id; ids without a number score last.
+template <class T>
+static void search_topk(const T* staged, const Packed<T>& packed, int64_t topk, T* scores, int64_t* ids) {
+  int64_t found = 0;
+  for (int pass = 0; pass < 2 && found < topk; ++pass) {  // second pass: codes with NaN, where nothing else is left
+    for (int64_t first = 0; first < packed.codes; first += kPanel) {
+      T panel[kPanel];
+      score_panel(staged, packed, first / kPanel, panel);
+      for (int64_t l = 0; l < kPanel && first + l < packed.codes; ++l) {
+        const T score = panel[l];
+        if ((score == score) != (pass == 0) || (found == topk && !(score < scores[topk - 1]))) continue;
+        int64_t j = found < topk ? found++ : topk - 1;
+        for (; j > 0 && score < scores[j - 1]; --j) scores[j] = scores[j - 1], ids[j] = ids[j - 1];
+        scores[j] = score;
+        ids[j] = first + l;
+      }
+    }
+  }
+}
+
+template <class T>
+static Error run(const View& x, const View& codebook, const Tables& tables, int64_t lo, int64_t hi, const View& staged,
+                 const View& packed_view, const View& indices, const View& scores, const View& status, int threads) {
+  const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = codebook.shape[1];
+  const int64_t topk = indices.shape[2], blocks = (rows + kRowBlock - 1) / kRowBlock;
+  T* stage_rows = static_cast<T*>(staged.data);
+  T* score_out = static_cast<T*>(scores.data);
+  int64_t* ids = static_cast<int64_t*>(indices.data);
+  int64_t bad = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const Packed<T> packed = pack(static_cast<const T*>(codebook.data) + g * codes * channels, lo, hi - lo, channels,
+                                  tables, static_cast<T*>(packed_view.data), threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : bad) if (blocks > 1)
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = b * kRowBlock, count = rows - first < kRowBlock ? rows - first : kRowBlock;
+      bool good[kRowBlock];
+      Best<T> best[kRowBlock];
+      T* block = stage_rows + first * channels;
+      for (int64_t r = 0; r < count; ++r) {
+        load(x, ((first + r) * groups + g) * channels, channels, block + r * channels);
+        good[r] = stage<T>(tables, block + r * channels, block + r * channels);
+        bad += !good[r];
+      }
+      if (topk == 1) search(block, count, packed, best);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t out = ((first + r) * groups + g) * topk;
+        T kept[64];
+        T* row_scores = score_out ? score_out + out : topk <= 64 ? kept : nullptr;
+        if (!good[r]) {
+          for (int64_t j = 0; j < topk; ++j) ids[out + j] = lo + j;
+          for (int64_t j = 0; score_out && j < topk; ++j) score_out[out + j] = __builtin_nan("");
+        } else if (topk == 1) {
+          ids[out] = lo + best[r].id;
+          if (score_out) score_out[out] = best[r].score;
+        } else {
+          search_topk(block + r * channels, packed, topk, row_scores, ids + out);
+          for (int64_t j = 0; j < topk; ++j) ids[out + j] += lo;
+        }
+      }
+    }
+  }
+  static_cast<int64_t*>(status.data)[0] = bad;
+  return nullptr;
+}
+
+Error nearest_code(View x, View codebook, Tables tables, int64_t lo, int64_t hi, View staged, View packed,
+                   View indices, View scores, View status, int threads) noexcept {
+  if (x.rank != 3 || codebook.rank != 3 || indices.rank != 3) return "nearest_code: wanted x, codebook, indices of rank 3";
+  if (!x.contiguous || !codebook.contiguous || !indices.contiguous) return "nearest_code: wanted contiguous tensors";
+  if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0])
+    return "nearest_code: codebook: wanted the groups and the width of x";
+  if (lo < 0 || hi > codebook.shape[1] || hi - lo < indices.shape[2]) return "nearest_code: window: wanted topk codes";
+  if (scores.type == kNone && indices.shape[2] > 64) return "nearest_code: topk: wanted a scores tensor above 64";
+  if (codebook.type == kFloat64)
+    return run<double>(x, codebook, tables, lo, hi, staged, packed, indices, scores, status, threads);
+  if (codebook.type != kFloat32) return "nearest_code: codebook: wanted float32 or float64";
+  return run<float>(x, codebook, tables, lo, hi, staged, packed, indices, scores, status, threads);
+}
+
+TOKENFLOW_END

@@ -1,0 +1,74 @@
+// One register of T on the instruction set that this file is compiled for: GCC's vector types and the one thing they
+// lack, a fused multiply-add.
+#pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "common/canonical.h"
+
+TOKENFLOW_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+template <class T>
+struct Register;
+
+template <>
+struct Register<float> {
+  typedef float V __attribute__((vector_size(kRegisterBytes)));
+  typedef int32_t I __attribute__((vector_size(kRegisterBytes)));
+  typedef int32_t Index;
+  static constexpr int kLanes = kRegisterBytes / 4;
+};
+
+template <>
+struct Register<double> {
+  typedef double V __attribute__((vector_size(kRegisterBytes)));
+  typedef int64_t I __attribute__((vector_size(kRegisterBytes)));
+  typedef int64_t Index;
+  static constexpr int kLanes = kRegisterBytes / 8;
+};
+
+template <class T>
+static inline typename Register<T>::V load_register(const T* p) {
+  typename Register<T>::V v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+static inline Register<float>::V fused(Register<float>::V a, Register<float>::V b, Register<float>::V c) {
+#if defined(__AVX512F__)
+  return (Register<float>::V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Register<float>::V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Register<float>::V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  for (int i = 0; i < 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+static inline Register<double>::V fused(Register<double>::V a, Register<double>::V b, Register<double>::V c) {
+#if defined(__AVX512F__)
+  return (Register<double>::V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Register<double>::V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (Register<double>::V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  for (int i = 0; i < 2; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+TOKENFLOW_END
