@@ -1,0 +1,16 @@
+"""Native kernels for vector quantization under a thin PyTorch layer.
+
+`tokenflow_ext.ops` holds stateless functions, `tokenflow_ext.quantize` drop-in modules, `tokenflow_ext.reference` the
+pure-PyTorch twin of every op.
+"""
+
+import torch  # before _C: one libgomp is mapped, torch's
+
+from tokenflow_ext import ops, quantize, reference
+from tokenflow_ext._types import Quantized
+from tokenflow_ext.ops._native import build_info
+
+__version__ = "0.1.0"
+__all__ = ["Quantized", "build_info", "ops", "quantize", "reference"]
+
+del torch

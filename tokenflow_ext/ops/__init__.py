@@ -1,0 +1,24 @@
+"""Stateless functions of vector quantization; each is a torch.library operator with a native CPU kernel."""
+
+from tokenflow_ext.ops.lookup import lookup, shared_lookup
+from tokenflow_ext.ops.multiscale import multiscale_decode, multiscale_inputs, multiscale_quantize, multiscale_rows
+from tokenflow_ext.ops.normalize import normalize_rows
+from tokenflow_ext.ops.quantize import quantize, shared_quantize
+from tokenflow_ext.ops.search import nearest_code, shared_nearest_code
+from tokenflow_ext.ops.statistics import code_statistics, ema_update_
+
+__all__ = [
+    "code_statistics",
+    "ema_update_",
+    "lookup",
+    "multiscale_decode",
+    "multiscale_inputs",
+    "multiscale_quantize",
+    "multiscale_rows",
+    "nearest_code",
+    "normalize_rows",
+    "quantize",
+    "shared_lookup",
+    "shared_nearest_code",
+    "shared_quantize",
+]

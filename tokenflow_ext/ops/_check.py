@@ -1,0 +1,110 @@
+"""Bad input becomes a sentence before any pointer is touched: op, argument, wanted, got."""
+
+from collections.abc import Sequence
+
+import torch
+
+from tokenflow_ext.ops._native import FLOATS
+
+METRICS = ("cosine", "l2", "dot")
+
+
+def floating(op: str, name: str, value) -> torch.Tensor:
+    """`value` if it is a floating-point tensor, else TypeError."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name}: wanted a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name}: wanted float32, float64, float16 or bfloat16, got {value.dtype}")
+    return value
+
+
+def ids(op: str, name: str, value) -> torch.Tensor:
+    """`value` if it is an int64 tensor, else TypeError."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name}: wanted a tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{op}: {name}: wanted int64, got {value.dtype}")
+    return value
+
+
+def metric(op: str, value: str) -> str:
+    if value not in METRICS:
+        raise ValueError(f"{op}: metric: wanted one of {', '.join(METRICS)}, got {value!r}")
+    return value
+
+
+def non_negative(op: str, name: str, value: float) -> float:
+    if not value >= 0 or value == float("inf"):
+        raise ValueError(f"{op}: {name}: wanted a finite number >= 0, got {value}")
+    return float(value)
+
+
+def same_device(op: str, **tensors: torch.Tensor) -> None:
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name}: wanted the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def table(op: str, name: str, value, *, grouped: bool = True) -> torch.Tensor:
+    """A codebook [K, D], or [G, K, D] where groups are allowed, with at least one code and one channel."""
+    floating(op, name, value)
+    ranks = (2, 3) if grouped else (2,)
+    if value.dim() not in ranks or value.shape[-1] < 1 or value.shape[-2] < 1:
+        wanted = "[K, D] or [G, K, D]" if grouped else "[K, D]"
+        raise ValueError(f"{op}: {name}: wanted {wanted} with at least one code and one channel, got {list(value.shape)}")
+    return value
+
+
+def rows_and_table(op: str, x, codebook) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., D] with codebook [K, D], or x [..., G, D] with [G, K, D], as [N, G, D] and [G, K, D]."""
+    floating(op, "x", x)
+    table(op, "codebook", codebook)
+    same_device(op, x=x, codebook=codebook)
+    grouped = codebook.dim() == 3
+    wanted = f"[..., {codebook.shape[0]}, {codebook.shape[2]}]" if grouped else f"[..., {codebook.shape[1]}]"
+    if x.dim() < codebook.dim() - 1 or x.shape[-1] != codebook.shape[-1] or (grouped and x.shape[-2] != codebook.shape[0]):
+        raise ValueError(f"{op}: x: wanted {wanted} for a codebook {list(codebook.shape)}, got {list(x.shape)}")
+    groups, width = (codebook.shape[0] if grouped else 1), codebook.shape[-1]
+    return x.reshape(count(x.shape[: x.dim() - codebook.dim() + 1]), groups, width), codebook.reshape(groups, -1, width)
+
+
+def count(sizes: Sequence[int]) -> int:
+    """Product of sizes; reshape(-1) cannot say it where a size is 0."""
+    product = 1
+    for size in sizes:
+        product = product * size
+    return product
+
+
+def shared_tables(op: str, xs, codebooks, weights) -> tuple[list[int], list[float]]:
+    """Widths and weights of T tables that share an index, after every check."""
+    for name, value in (("xs", xs), ("codebooks", codebooks)):
+        if isinstance(value, torch.Tensor) or not isinstance(value, Sequence):
+            raise TypeError(f"{op}: {name}: wanted a sequence of tensors, one a table, got {type(value).__name__}")
+    if not 1 <= len(codebooks) <= 16 or len(xs) != len(codebooks):
+        raise ValueError(f"{op}: xs: wanted as many as codebooks, 1 to 16, got {len(xs)} for {len(codebooks)}")
+    for t, (x, codebook) in enumerate(zip(xs, codebooks)):
+        floating(op, f"xs[{t}]", x)
+        table(op, f"codebooks[{t}]", codebook, grouped=False)
+        same_device(op, **{"xs[0]": xs[0], f"xs[{t}]": x, f"codebooks[{t}]": codebook})
+        if x.dtype != xs[0].dtype:
+            raise TypeError(f"{op}: xs[{t}]: wanted the type of xs[0], {xs[0].dtype}, got {x.dtype}")
+        if x.dim() < 1 or x.shape[-1] != codebook.shape[1] or x.shape[:-1] != xs[0].shape[:-1]:
+            raise ValueError(f"{op}: xs[{t}]: wanted {[*xs[0].shape[:-1], codebook.shape[1]]}, got {list(x.shape)}")
+        if codebook.shape[0] != codebooks[0].shape[0]:
+            raise ValueError(
+                f"{op}: codebooks[{t}]: wanted {codebooks[0].shape[0]} codes as in codebooks[0], got {codebook.shape[0]}"
+            )
+    return [c.shape[1] for c in codebooks], table_weights(op, weights, len(codebooks))
+
+
+def table_weights(op: str, weights, tables: int) -> list[float]:
+    """One weight >= 0 a table; None means 1 each."""
+    if weights is None:
+        return [1.0] * tables
+    if isinstance(weights, torch.Tensor):
+        weights = weights.tolist()
+    if len(weights) != tables:
+        raise ValueError(f"{op}: weights: wanted one a table, {tables}, got {len(weights)}")
+    return [non_negative(op, "weights", float(w)) for w in weights]

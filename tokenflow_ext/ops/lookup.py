@@ -1,0 +1,111 @@
+"""lookup and shared_lookup: gather with a deterministic scatter-add backward."""
+
+import torch
+
+from tokenflow_ext import reference
+from tokenflow_ext.ops import _check
+from tokenflow_ext.ops._native import LIBRARY, _C, check_ids, define, define_backward, threads, use_native, view
+
+
+def _lookup(indices, codebook):
+    indices, codebook = indices.contiguous(), codebook.contiguous()
+    rows = codebook.new_empty((*indices.shape, codebook.shape[2]))
+    status = torch.empty(1, dtype=torch.int64)
+    _C.lookup(view(indices), view(codebook), view(rows), view(status), threads())
+    check_ids("lookup", status[0], codebook.shape[1])
+    return rows
+
+
+def _lookup_backward(indices, grad_rows, codes):
+    indices, grad_rows = indices.contiguous(), grad_rows.contiguous()
+    count, groups, channels = grad_rows.shape
+    order = torch.empty((groups, count), dtype=torch.int64)
+    starts = torch.empty((groups, codes + 1), dtype=torch.int64)
+    grad = grad_rows.new_empty((groups, codes, channels))
+    _C.lookup_backward(view(indices), view(grad_rows), view(order), view(starts), view(grad), threads())
+    return grad
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+    ctx.codes = inputs[1].shape[1]
+
+
+def _backward(ctx, grad_rows):
+    return None, torch.ops.tokenflow_ext.lookup_backward(ctx.saved_tensors[0], grad_rows, ctx.codes)
+
+
+define(
+    "lookup(Tensor indices, Tensor codebook) -> Tensor",
+    _lookup,
+    lambda indices, codebook: codebook.new_empty((*indices.shape, codebook.shape[2])),
+)
+define_backward(
+    "lookup_backward(Tensor indices, Tensor grad_rows, SymInt codes) -> Tensor",
+    _lookup_backward,
+    lambda indices, grad_rows, codes: grad_rows.new_empty((grad_rows.shape[1], codes, grad_rows.shape[2])),
+)
+torch.library.register_autograd("tokenflow_ext::lookup", _backward, setup_context=_setup, lib=LIBRARY)
+
+
+def lookup(indices: torch.Tensor, codebook: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """rows = codebook[indices]; never normalises.
+
+    Args:
+        indices: int64 ids [...] for a codebook [K, D], or [..., G] for [G, K, D].
+        codebook: codes of any float type.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        [..., D] (or [..., G, D]) of the codebook's type. Differentiable once in `codebook`: the gradients of a code's
+        rows are added in row order, so the sum does not depend on the thread count.
+
+    Raises:
+        ValueError: ids outside the table, wrong shapes.
+        TypeError: ids that are not int64, a codebook that is not float.
+
+    Example:
+        >>> lookup(torch.tensor([2, 0]), torch.tensor([[1.0], [2.0], [3.0]]))
+        tensor([[3.],
+                [1.]])
+    """
+    _check.ids("lookup", "indices", indices)
+    _check.table("lookup", "codebook", codebook)
+    _check.same_device("lookup", codebook=codebook, indices=indices)
+    groups = codebook.shape[0] if codebook.dim() == 3 else 1
+    if codebook.dim() == 3 and (indices.dim() < 1 or indices.shape[-1] != groups):
+        raise ValueError(f"lookup: indices: wanted [..., {groups}] for a codebook {list(codebook.shape)}, got {list(indices.shape)}")
+    if not use_native("lookup", backend, indices.device):
+        return reference.lookup(indices, codebook)
+    flat = indices.reshape(_check.count(indices.shape) // groups, groups)
+    rows = torch.ops.tokenflow_ext.lookup(flat, codebook.reshape(groups, -1, codebook.shape[-1]))
+    return rows.reshape(*indices.shape, codebook.shape[-1])
+
+
+def shared_lookup(indices: torch.Tensor, codebooks, *, backend: str = "auto") -> tuple[torch.Tensor, ...]:
+    """The rows of T tables under one index: (codebooks[0][indices], codebooks[1][indices], ...).
+
+    Args:
+        indices: int64 ids [...].
+        codebooks: T tables [K, D_t].
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        T tensors [..., D_t].
+
+    Raises:
+        ValueError, TypeError: a sentence with op, argument, wanted, got.
+
+    Example:
+        >>> shared_lookup(torch.tensor([1]), (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])))
+        (tensor([[2.]]), tensor([[4.]]))
+    """
+    if isinstance(codebooks, torch.Tensor):
+        raise TypeError("shared_lookup: codebooks: wanted a sequence of tensors, one a table, got Tensor")
+    for t, codebook in enumerate(codebooks):
+        _check.table("shared_lookup", f"codebooks[{t}]", codebook, grouped=False)
+        if codebook.shape[0] != codebooks[0].shape[0]:
+            raise ValueError(
+                f"shared_lookup: codebooks[{t}]: wanted {codebooks[0].shape[0]} codes as in codebooks[0], got {codebook.shape[0]}"
+            )
+    return tuple(lookup(indices, codebook, backend=backend) for codebook in codebooks)

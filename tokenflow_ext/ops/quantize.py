@@ -1,0 +1,213 @@
+"""quantize and shared_quantize: search, gather, straight-through and loss in one pass, with a closed-form backward."""
+
+import torch
+
+from tokenflow_ext import reference
+from tokenflow_ext._types import Quantized
+from tokenflow_ext.ops import _check
+from tokenflow_ext.ops._native import LIBRARY, _C, define, define_backward, real, threads, use_native, view, warn_non_finite
+from tokenflow_ext.ops.search import concatenate, packed_size, tables_of
+
+
+def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_weight):
+    x, codebook = x.contiguous(), codebook.contiguous()
+    rows, groups, channels = x.shape
+    quantized = torch.empty_like(x)
+    indices = torch.empty((rows, groups), dtype=torch.int64)
+    loss, status = codebook.new_empty(()), torch.empty(1, dtype=torch.int64)
+    code_rows = codebook.new_empty(x.shape) if x.dtype != codebook.dtype else None
+    code_norms = codebook.new_empty((rows, groups, len(widths))) if metric == "cosine" else None
+    searched, staged = codebook.new_empty((2, rows, channels)).unbind()
+    packed = codebook.new_empty(packed_size(codebook.shape[1], channels))
+    partial = torch.empty((groups, -(-rows // 64)), dtype=torch.float64)
+    _C.quantize(
+        view(x), view(codebook), tables_of(widths, weights, metric), commitment_weight + codebook_weight,
+        view(searched), view(staged), view(packed), view(partial), view(quantized), view(indices), view(loss),
+        view(code_rows), view(code_norms), view(status), threads(),
+    )  # fmt: skip
+    warn_non_finite("quantize", status)
+    empty = codebook.new_empty(0)
+    return quantized, indices, loss, empty if code_rows is None else code_rows, empty if code_norms is None else code_norms
+
+
+def _quantize_fake(x, codebook, widths, weights, metric, commitment_weight, codebook_weight):
+    rows, groups, _ = x.shape
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((rows, groups), dtype=torch.int64),
+        codebook.new_empty(()),
+        codebook.new_empty(x.shape if x.dtype != codebook.dtype else (0,)),
+        codebook.new_empty((rows, groups, len(widths)) if metric == "cosine" else (0,)),
+    )
+
+
+def _quantize_backward(
+    x, code_rows, code_norms, indices, grad_quantized, grad_loss, codes, widths, metric, commitment_weight, codebook_weight,
+    wants_x, wants_codebook,
+):  # fmt: skip
+    x = x.contiguous()
+    rows, groups, channels = x.shape
+    grad_quantized = grad_quantized.contiguous() if grad_quantized is not None else None
+    grad_loss = grad_loss.contiguous() if grad_loss is not None else None
+    grad_x = torch.empty_like(x) if wants_x else None
+    grad_codebook = code_rows.new_empty((groups, codes, channels)) if wants_codebook else None
+    spare = code_rows.new_empty((2, rows, groups, channels))
+    order = torch.empty((groups, rows), dtype=torch.int64)
+    starts = torch.empty((groups, codes + 1), dtype=torch.int64)
+    _C.quantize_backward(
+        view(x), view(code_rows), view(code_norms), view(indices), view(grad_quantized), view(grad_loss),
+        tables_of(widths, [1.0] * len(widths), metric), commitment_weight, codebook_weight,
+        view(spare), view(order), view(starts), view(grad_x), view(grad_codebook), threads(),
+    )  # fmt: skip
+    return grad_x if wants_x else x.new_empty(0), grad_codebook if wants_codebook else x.new_empty(0)
+
+
+def _quantize_backward_fake(
+    x, code_rows, code_norms, indices, grad_quantized, grad_loss, codes, widths, metric, commitment_weight, codebook_weight,
+    wants_x, wants_codebook,
+):  # fmt: skip
+    grad_codebook = code_rows.new_empty((x.shape[1], codes, x.shape[2])) if wants_codebook else x.new_empty(0)
+    return x.new_empty(x.shape if wants_x else (0,)), grad_codebook
+
+
+def _setup(ctx, inputs, output):
+    x, codebook, widths, weights, metric, commitment_weight, codebook_weight = inputs
+    quantized, indices, loss, code_rows, code_norms = output
+    ctx.mark_non_differentiable(indices, code_rows, code_norms)
+    ctx.set_materialize_grads(False)
+    # Backward reads the rows that were chosen, never the codebook: EMA may have moved it by then. In the codebook's own
+    # type those rows are the output itself.
+    ctx.save_for_backward(x, quantized if x.dtype == codebook.dtype else code_rows, code_norms, indices)
+    ctx.options = (codebook.shape[1], widths, metric, commitment_weight, codebook_weight)
+
+
+def _backward(ctx, grad_quantized, grad_indices, grad_loss, *_):
+    x, code_rows, code_norms, indices = ctx.saved_tensors
+    wants_x, wants_codebook = ctx.needs_input_grad[:2]
+    if grad_quantized is None and grad_loss is None:
+        return (None,) * 7
+    # Straight-through values send nothing to the codebook.
+    reaches_codebook = wants_codebook and grad_loss is not None
+    grad_x, grad_codebook = torch.ops.tokenflow_ext.quantize_backward(
+        x, code_rows, code_norms, indices, grad_quantized, grad_loss, *ctx.options, wants_x, reaches_codebook
+    )
+    return grad_x if wants_x else None, grad_codebook if reaches_codebook else None, None, None, None, None, None
+
+
+define(
+    "quantize(Tensor x, Tensor codebook, int[] widths, float[] weights, str metric, float commitment_weight, "
+    "float codebook_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
+)
+define_backward(
+    "quantize_backward(Tensor x, Tensor code_rows, Tensor code_norms, Tensor indices, Tensor? grad_quantized, "
+    "Tensor? grad_loss, SymInt codes, int[] widths, str metric, float commitment_weight, float codebook_weight, "
+    "bool wants_x, bool wants_codebook) -> (Tensor, Tensor)",
+    _quantize_backward,
+    _quantize_backward_fake,
+)
+torch.library.register_autograd("tokenflow_ext::quantize", _backward, setup_context=_setup, lib=LIBRARY)
+
+
+def quantize(
+    x: torch.Tensor,
+    codebook: torch.Tensor,
+    *,
+    metric: str = "cosine",
+    commitment_weight: float = 0.25,
+    codebook_weight: float = 1.0,
+    backend: str = "auto",
+) -> Quantized:
+    """Nearest code, straight-through, and loss = codebook_weight mean((q - sg y)^2) + commitment_weight mean((sg q - y)^2).
+
+    y is the row as searched (unit for cosine), q its code (unit for cosine). `quantized` is q, with d quantized / dy = 1;
+    it sends no gradient to the codebook, which learns from the loss alone. Nothing of size N x K exists, forward or
+    backward.
+
+    Args:
+        x: rows [..., D] for a codebook [K, D], or [..., G, D] for [G, K, D]; any float type.
+        codebook: codes of any float type; not normalised in place.
+        metric: "cosine", "l2" or "dot".
+        commitment_weight: weight of the term that moves x.
+        codebook_weight: weight of the term that moves the codebook; 0 where an EMA moves it.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        Quantized(quantized in x's shape and type, int64 ids [...] (or [..., G]), 0-dim loss).
+
+    Raises:
+        ValueError, TypeError: a sentence with op, argument, wanted, got.
+        RuntimeError: a second derivative.
+
+    Source: van den Oord et al., 1711.00937; unit codes as in TokenFlow, 2412.03069.
+
+    Example:
+        >>> x = torch.tensor([[2.0, 0.1]], requires_grad=True)
+        >>> quantized, indices, loss = quantize(x, torch.tensor([[0.0, 3.0], [5.0, 0.0]]))
+        >>> quantized.detach(), indices
+        (tensor([[1., 0.]]), tensor([1]))
+    """
+    rows, table = _check.rows_and_table("quantize", x, codebook)
+    _check.metric("quantize", metric)
+    commitment_weight = _check.non_negative("quantize", "commitment_weight", commitment_weight)
+    codebook_weight = _check.non_negative("quantize", "codebook_weight", codebook_weight)
+    options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
+    if not use_native("quantize", backend, x.device):
+        return reference.quantize(x, codebook, **options)
+    table = table.to(real(x, codebook))
+    out = torch.ops.tokenflow_ext.quantize(rows, table, [x.shape[-1]], [1.0], metric, commitment_weight, codebook_weight)
+    return Quantized(out[0].reshape(x.shape), out[1].reshape(x.shape[:-1]), out[2])
+
+
+def shared_quantize(
+    xs,
+    codebooks,
+    *,
+    metric: str = "cosine",
+    weights=None,
+    commitment_weight: float = 0.25,
+    codebook_weight: float = 1.0,
+    backend: str = "auto",
+) -> Quantized:
+    """`quantize` with one index over T tables: argmin_k sum_t weights[t] d_t.
+
+    The loss is the mean over all rows and the channels of all tables; `weights` decide the index, not the loss.
+
+    Args:
+        xs: T tensors [..., D_t] of one type.
+        codebooks: T tables [K, D_t].
+        metric: "cosine", "l2" or "dot", the same for every table; rows and codes are unit per table for cosine.
+        weights: T numbers >= 0, 1 each by default.
+        commitment_weight: weight of the term that moves xs.
+        codebook_weight: weight of the term that moves the codebooks.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        Quantized(tuple of T tensors [..., D_t], int64 ids [...], 0-dim loss).
+
+    Raises:
+        ValueError, TypeError: a sentence with op, argument, wanted, got.
+        RuntimeError: a second derivative.
+
+    Source: TokenFlow, arXiv 2412.03069, section 3.1; losses as in its released training.
+
+    Example:
+        >>> xs = torch.randn(5, 32), torch.randn(5, 8)
+        >>> (semantic, pixel), indices, loss = shared_quantize(xs, (torch.randn(64, 32), torch.randn(64, 8)))
+        >>> semantic.shape, pixel.shape, indices.shape
+        (torch.Size([5, 32]), torch.Size([5, 8]), torch.Size([5]))
+    """
+    op = "shared_quantize"
+    widths, weights = _check.shared_tables(op, xs, codebooks, weights)
+    _check.metric(op, metric)
+    commitment_weight = _check.non_negative(op, "commitment_weight", commitment_weight)
+    codebook_weight = _check.non_negative(op, "codebook_weight", codebook_weight)
+    options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
+    if not use_native(op, backend, xs[0].device):
+        return reference.shared_quantize(xs, codebooks, weights=weights, **options)
+    x, codebook = concatenate(xs, codebooks)
+    out = torch.ops.tokenflow_ext.quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_weight)
+    parts = out[0].split(widths, dim=-1)
+    quantized = tuple(part.reshape(x.shape) for part, x in zip(parts, xs))
+    return Quantized(quantized, out[1].reshape(xs[0].shape[:-1]), out[2])
