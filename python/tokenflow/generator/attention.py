@@ -8,16 +8,16 @@ from torch import Tensor, nn
 Cache = tuple[Tensor, Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, past: Cache | None = None, mask: Tensor | None = None, alone: int = 0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, past: Cache | None = None, alone: int = 0) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v, in which the last `alone` rows see no row of their own group but themselves.
 
-    The first n - alone rows see the past and each other, as the mask allows. The last `alone` rows see the past, the first
-    rows and themselves, so any subset of them can be computed without the others.
+    The first n - alone rows see the past and each other, as the mask allows. The last `alone` rows see the past and the first rows,
+    as the last row of the mask allows, and themselves: any subset of them can be computed without the others.
 
     Args:
         q, k, v: [B, heads, n, d].
         past: keys and values of earlier rows, [B, heads, m, d] each.
-        mask: added to the scores, broadcast to [B, heads, n, m + n - alone]; 0 or -inf.
+        mask: added to the scores, 0 or -inf: [B, 1, n - alone or 1, m + n - alone].
         alone: number of rows at the end that see only themselves of their group.
 
     Returns:
@@ -28,16 +28,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, past: Cache | None = None, mask: 
     keys, values = k[:, :, :first], v[:, :, :first]
     if past is not None:
         keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-    scores = q @ keys.transpose(2, 3)
-    if mask is not None:
-        scores = scores + mask.to(scores.dtype)
-    together = scores[:, :, :first].softmax(-1).to(values.dtype) @ values
-    if not alone:
-        return together
-    own = (q[:, :, first:] * k[:, :, first:]).sum(-1, keepdim=True)
-    share = torch.cat([scores[:, :, first:], own.to(scores.dtype)], dim=-1).softmax(-1).to(values.dtype)
-    apart = share[..., :-1] @ values + share[..., -1:] * v[:, :, first:]
-    return torch.cat([together, apart], dim=2)
+    parts = []
+    if first:
+        scores = q[:, :, :first] @ keys.transpose(2, 3) + mask
+        parts.append(scores.softmax(-1).to(values.dtype) @ values)
+    if alone:
+        scores = q[:, :, first:] @ keys.transpose(2, 3) + mask[:, :, -1:]
+        own = (q[:, :, first:] * k[:, :, first:]).sum(-1, keepdim=True)
+        share = torch.cat([scores, own], dim=-1).softmax(-1).to(values.dtype)
+        parts.append(share[..., :-1] @ values + share[..., -1:] * v[:, :, first:])
+    return torch.cat(parts, dim=2)
 
 
 class Block(nn.Module):
@@ -60,7 +60,7 @@ class Block(nn.Module):
         for layer in (self.qkv, self.out, self.up, self.down):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, *, past: Cache | None = None, mask: Tensor | None = None, alone: int = 0) -> tuple[Tensor, Cache]:
+    def forward(self, x: Tensor, *, mask: Tensor, past: Cache | None = None, alone: int = 0) -> tuple[Tensor, Cache]:
         """x [B, n, width] -> the same shape, and keys and values [B, heads, n, d] of these rows. Options as in `attend`."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = attend(q, k, v, past=past, mask=mask, alone=alone)

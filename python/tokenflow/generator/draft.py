@@ -87,7 +87,8 @@ class Draft(nn.Module):
             strength: lambda over the mean of k(w, w).
 
         Returns:
-            The draft; the left-out drafts [N, C, H, W]; the left-out doubts [N]. Beyond 4096 pictures the others count as left out.
+            The draft; the coordinates [N, R] of the left-out drafts, see `maps`; the left-out doubts [N].
+            Beyond 4096 pictures the others count as left out.
         """
         total = len(maps)
         chosen = torch.arange(total) if total <= LARGEST else torch.linspace(0, total - 1, LARGEST).long()
@@ -110,12 +111,12 @@ class Draft(nn.Module):
         self.weights.copy_(weights)
         spread = inverse.diagonal()
         left_out = (coordinates - weights / spread[:, None]).float()
-        doubt = (1 / spread - self.ridge) / gram.diagonal().clamp(min=1e-9)
-        if total > len(chosen):
-            every, all_doubt = self.coordinates(words, bases)
-            every[chosen], all_doubt[chosen] = left_out, doubt.clamp(0, 1).float()
-            return self, self.maps(every), all_doubt
-        return self, self.maps(left_out), doubt.clamp(0, 1).float()
+        doubt = ((1 / spread - self.ridge) / gram.diagonal().clamp(min=1e-9)).clamp(0, 1).float()
+        if total == len(chosen):
+            return self, left_out, doubt
+        every, every_doubt = self.coordinates(words, bases)
+        every[chosen], every_doubt[chosen] = left_out, doubt
+        return self, every, every_doubt
 
     def kernel(self, words: Tensor, bases: Tensor) -> Tensor:
         """k between given captions [n, W], [n] and the fitted ones: float64 [n, N]."""
@@ -141,6 +142,10 @@ class Draft(nn.Module):
     def maps(self, coordinates: Tensor) -> Tensor:
         """Coordinates [n, R] -> maps [n, C, H, W]."""
         return torch.addmm(self.mean, coordinates, self.basis).unflatten(1, self.shape)
+
+    def fitted(self, words: Sequence[Sequence[int]], bases: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Coordinates [n, R] and doubts [n] of captions as `Vocabulary.sets` gives them."""
+        return self.coordinates(pad_sets(words), torch.tensor(bases, dtype=torch.int64))
 
     def forward(self, words: Sequence[Sequence[int]], bases: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Drafts [n, C, H, W] and doubts [n] of captions as `Vocabulary.sets` gives them."""
