@@ -1,0 +1,46 @@
+"""pytest for tests/ and, with --benchmark, for benchmarks/: against the installed package, with the native core."""
+
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent
+IN_PLACE = any((ROOT / "tokenflow_ext").glob("_C*.so"))
+
+# The source tree would shadow the installed package, which is the one that holds the compiled core.
+sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]
+if IN_PLACE:
+    sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--benchmark", action="store_true", help="run benchmarks/ instead of tests/")
+
+
+def pytest_configure(config):
+    if config.getoption("--benchmark") and config.args_source != config.ArgsSource.ARGS:
+        config.args = [str(ROOT / "benchmarks")]
+    from tokenflow_ext import build_info
+
+    if not build_info()["native"]:
+        pytest.exit("tokenflow_ext was imported without its native core: run `pip install .` first", returncode=4)
+
+
+def pytest_ignore_collect(collection_path, config):
+    if collection_path.name.startswith("bench_") and not config.getoption("--benchmark"):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def poisoned(request):
+    """Every torch.empty holds NaN (or the largest integer), so that an element nobody wrote fails its test."""
+    import torch
+
+    if request.config.getoption("--benchmark"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,192 @@
+"""The state that every quantizer module shares: codebooks, how they move, and how much of them is used."""
+
+import torch
+from torch import nn
+
+from tokenflow_ext import ops
+
+UPDATES = ("gradient", "ema", "none")
+
+
+def _all_reduce(*tensors: torch.Tensor) -> None:
+    """Sums over the ranks of torch.distributed, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
+def _recomputing() -> bool:
+    """Inside backward: a checkpointed forward runs again and must not count its rows twice."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Codebook(nn.Module):
+    """T tables under one index for each of G groups: [K, D_t] or, where G > 1, [G, K, D].
+
+    Internally rows are [N, G, C] and the tables lie side by side, [G, K, C] with C = sum of D_t. Codebooks stay float32
+    (float64) when the model around them becomes half precision, so that its tokens stay those of float32.
+
+    Args:
+        widths: D_t of the T tables.
+        codes: K.
+        groups: G; T must be 1 where G > 1.
+        metric: "cosine", "l2" or "dot".
+        update: "gradient" (parameters), "ema" (buffers that follow their rows) or "none" (buffers that stay).
+        decay: of the exponential moving averages.
+        kmeans_init: the first training batch places the codes by ten steps of Lloyd's algorithm.
+        dead_code_threshold: a code whose moving average of rows a batch falls below takes a random row of the batch.
+    """
+
+    def __init__(self, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
+        super().__init__()
+        if update not in UPDATES:
+            raise ValueError(f"Codebook: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
+        ops._check.metric("Codebook", metric)
+        for name, value in (("codebook_size", codes), ("groups", groups), *((f"dims[{t}]", w) for t, w in enumerate(widths))):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Codebook: {name}: wanted an integer >= 1, got {value!r}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"Codebook: decay: wanted a number in [0, 1], got {decay}")
+        ops._check.non_negative("Codebook", "dead_code_threshold", dead_code_threshold)
+        self.widths, self.codes, self.groups, self.metric = list(widths), codes, groups, metric
+        self.update, self.decay, self.dead_code_threshold = update, decay, dead_code_threshold
+        for t, width in enumerate(self.widths):
+            table = torch.randn((groups, codes, width) if groups > 1 else (codes, width))
+            table = ops.normalize_rows(table, backend="reference") if metric == "cosine" else table / width**0.5
+            if update == "gradient":
+                self.register_parameter(f"table_{t}", nn.Parameter(table))
+            else:
+                self.register_buffer(f"table_{t}", table)
+        self.register_buffer("hits", torch.zeros(groups, codes, dtype=torch.int64), persistent=False)
+        self.kmeans_init = bool(kmeans_init)
+        if self.kmeans_init:
+            self.register_buffer("needs_init", torch.tensor(True))
+        if update == "ema" or dead_code_threshold > 0:
+            self.register_buffer("ema_counts", torch.ones(groups, codes))
+        if update == "ema":
+            self.register_buffer("ema_sums", self.joined().clone())
+
+    def tables(self) -> tuple[torch.Tensor, ...]:
+        """The T tables as they are stored, [K, D_t] or [G, K, D]."""
+        return tuple(getattr(self, f"table_{t}") for t in range(len(self.widths)))
+
+    def joined(self) -> torch.Tensor:
+        """The tables side by side, [G, K, C]."""
+        return torch.cat(self.tables(), dim=-1).reshape(self.groups, self.codes, -1)
+
+    def rows(self, indices: torch.Tensor, backend: str) -> torch.Tensor:
+        """The codes [..., C] (or [..., G, D]) as quantized values are made of them: unit per table for cosine."""
+        parts = [ops.lookup(indices, table, backend=backend) for table in self.tables()]
+        if self.metric == "cosine":
+            parts = [ops.normalize_rows(part, backend=backend) for part in parts]
+        return torch.cat(tuple(parts), dim=-1)
+
+    def freeze(self) -> None:
+        """Codebooks move no more, by no rule."""
+        self.update = "none"
+        self.dead_code_threshold = 0
+        for table in self.tables():
+            table.requires_grad_(False)
+
+    def _unit(self, rows: torch.Tensor, backend: str) -> torch.Tensor:
+        if self.metric != "cosine":
+            return rows
+        return torch.cat([ops.normalize_rows(p, backend=backend) for p in rows.split(self.widths, dim=-1)], dim=-1)
+
+    @torch.no_grad()
+    def initialise(self, rows: torch.Tensor, weights, backend: str) -> None:
+        """k-means on the first training batch's rows [N, G, C], where it was asked for."""
+        if not (self.kmeans_init and self.training and rows.shape[0] > 0 and bool(self.needs_init)):
+            return
+        rows = self._unit(rows.detach().to(self.table_0.dtype), backend)
+        pick = torch.randint(rows.shape[0], (self.codes,), device=rows.device)
+        joined = rows[pick].transpose(0, 1).contiguous()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(joined, 0)
+        for _ in range(10):
+            self._write(joined)
+            ids = self.search(rows, weights, backend)
+            counts, sums = ops.code_statistics(rows, ids, (self.groups, self.codes), backend=backend)
+            _all_reduce(counts, sums)
+            means = self._unit(sums / counts.clamp_min(1)[..., None], backend)
+            joined = torch.where((counts > 0)[..., None], means, joined)
+        self._write(joined)
+        if self.update == "ema":
+            self.ema_sums.copy_(joined)
+        self.needs_init.fill_(False)
+
+    def wants_rows(self) -> bool:
+        """Whether `observe` needs the rows themselves."""
+        return self.update == "ema" or self.dead_code_threshold > 0
+
+    def _write(self, joined: torch.Tensor) -> None:
+        for table, part in zip(self.tables(), joined.split(self.widths, dim=-1)):
+            table.detach().copy_(part.reshape(table.shape))
+
+    def search(self, rows: torch.Tensor, weights, backend: str) -> torch.Tensor:
+        """Ids [N, G] of rows [N, G, C]."""
+        if self.groups > 1:
+            return ops.nearest_code(rows, self.table_0, metric=self.metric, backend=backend)
+        parts = rows[:, 0].split(self.widths, dim=-1)
+        ids = ops.shared_nearest_code(parts, self.tables(), metric=self.metric, weights=weights, backend=backend)
+        return ids[:, None]
+
+    @torch.no_grad()
+    def observe(self, rows: torch.Tensor | None, ids: torch.Tensor, good: torch.Tensor, backend: str) -> None:
+        """Counts a training batch and moves the codebooks by it: rows [N, G, C] chose ids [N, G] where good [N, G].
+
+        `rows` may be None where neither an EMA nor revival asks for them.
+        """
+        if not self.training or _recomputing():
+            return
+        offset = torch.arange(self.groups, device=ids.device) * self.codes
+        batch = torch.zeros_like(self.hits).view(-1).scatter_add_(0, (ids + offset).reshape(-1), good.to(torch.int64).reshape(-1))
+        batch = batch.view_as(self.hits)
+        self.hits += batch
+        if self.update == "ema":
+            unit = self._unit(rows.detach().to(self.table_0.dtype), backend)
+            counts, sums = ops.code_statistics(unit, ids, (self.groups, self.codes), backend=backend)
+            _all_reduce(counts, sums)
+            joined = self.joined()
+            state = (joined, self.ema_counts, self.ema_sums, counts, sums)
+            ops.ema_update_(*state, decay=self.decay, metric="l2", backend=backend)
+            # Unit table by table; codes without rows keep their bits.
+            self._write(torch.where((counts > 0)[..., None], self._unit(joined, backend), joined))
+        elif self.dead_code_threshold > 0:
+            counts = batch.to(self.ema_counts.dtype)
+            _all_reduce(counts)
+            self.ema_counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        if self.dead_code_threshold > 0 and ids.shape[0] > 0:
+            self._revive(rows.detach(), good, backend)
+
+    def _revive(self, rows: torch.Tensor, good: torch.Tensor, backend: str) -> None:
+        dead = self.ema_counts < self.dead_code_threshold
+        pick = torch.randint(rows.shape[0], (self.codes,), device=rows.device)
+        fresh = self._unit(rows[pick].to(self.table_0.dtype), backend).transpose(0, 1)
+        take = dead & good[pick].transpose(0, 1)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            fresh = fresh.contiguous()
+            torch.distributed.broadcast(fresh, 0)
+            torch.distributed.broadcast(take, 0)
+        self._write(torch.where(take[..., None], fresh, self.joined()))
+        self.ema_counts.masked_fill_(take, 1.0)
+        if self.update == "ema":
+            self.ema_sums.copy_(torch.where(take[..., None], fresh, self.ema_sums))
+
+    def usage(self) -> float:
+        """Share of codes hit since `reset_usage()`, in training."""
+        return float((self.hits > 0).double().mean())
+
+    def perplexity(self) -> float:
+        """exp of the entropy of the hits since `reset_usage()`, mean over groups; 0 before any."""
+        share = self.hits.double() / self.hits.sum(-1, keepdim=True).clamp_min(1)
+        entropy = -(share * share.clamp_min(1e-300).log()).sum(-1)
+        return float(entropy.exp().mean()) if bool((self.hits > 0).any()) else 0.0
+
+    def _apply(self, fn, recurse=True):
+        before = {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
+        super()._apply(fn, recurse)
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+                tensor.data = before[name].to(tensor.device)
+        return self
