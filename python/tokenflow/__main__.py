@@ -1,0 +1,5 @@
+"""`python -m tokenflow` is `tokenflow`."""
+
+from tokenflow.cli import main
+
+main()

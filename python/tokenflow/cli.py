@@ -1,0 +1,126 @@
+"""The command line: demo, reconstruct, encode, generate, info."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tokenflow.errors import Missing
+
+OUT = Path("runs/demo")
+
+
+@dataclass
+class Demo:
+    """Train a tokenizer and a generator on real pictures in about ten minutes and write a page about them.
+
+    The pictures are Fluent Emoji 3D, fetched through npm, or those of a folder. Stopped and started again with the same options,
+    it goes on from its last checkpoint.
+    """
+
+    data: Path | None = None
+    """Folder of images instead of the emoji; captions come from its captions.csv (columns file, caption) or from the file names."""
+    out: Path = OUT
+    """Folder for checkpoints, models, numbers.json, result.png and index.html."""
+    cache: Path = Path(".cache/tokenflow")
+    """Folder for fetched packages."""
+    seconds: float = 300.0
+    """Training time of the tokenizer."""
+    generator_seconds: float = 190.0
+    """Training time of the generator."""
+    steps: int | None = None
+    """Training steps of each, instead of the times: a second run then gives the same tokens."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def run(self) -> None:
+        from tokenflow.demo import Plan, run_demo
+
+        run_demo(Plan(**vars(self)))
+
+
+@dataclass
+class Reconstruct:
+    """Encode pictures, decode the tokens, and write original and reconstruction side by side."""
+
+    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+    model: Path = OUT / "tokenizer"
+    """Folder of a trained tokenizer."""
+    out: Path = Path("reconstructed")
+    """Folder for the results, one PNG a picture."""
+
+    def run(self) -> None:
+        from tokenflow.commands import reconstruct
+
+        reconstruct(self.pictures, self.model, self.out)
+
+
+@dataclass
+class Encode:
+    """Write the token ids of pictures as JSON: one line a picture, one list a scale."""
+
+    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+    model: Path = OUT / "tokenizer"
+    """Folder of a trained tokenizer."""
+    out: Path | None = None
+    """File for the lines; standard output without it."""
+
+    def run(self) -> None:
+        from tokenflow.commands import encode
+
+        encode(self.pictures, self.model, self.out)
+
+
+@dataclass
+class Generate:
+    """Write pictures from captions, one PNG a caption."""
+
+    captions: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """What to paint; quote captions of several words."""
+    run_dir: Path = OUT
+    """Folder of a finished demo, with tokenizer and generator."""
+    out: Path = Path("generated")
+    """Folder for the results."""
+    seed: int = 0
+    """Seed of the sampling: the same seed gives the same tokens."""
+    guidance: float | None = None
+    """Strength of classifier-free guidance; the generator's default without it."""
+
+    def run(self) -> None:
+        from tokenflow.commands import generate
+
+        generate(self.captions, self.run_dir, self.out, seed=self.seed, guidance=self.guidance)
+
+
+@dataclass
+class Info:
+    """Say what is installed, and describe a trained tokenizer if there is one."""
+
+    model: Path = OUT / "tokenizer"
+    """Folder of a trained tokenizer."""
+
+    def run(self) -> None:
+        from tokenflow.commands import info
+
+        info(self.model)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; what the user can mend is one sentence on standard error and exit status 1."""
+    commands = {"demo": Demo, "reconstruct": Reconstruct, "encode": Encode, "generate": Generate, "info": Info}
+    command = tyro.extras.subcommand_cli_from_dict(commands, prog="tokenflow", args=arguments, description=__doc__,
+                                                   config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        command.run()
+    except (Missing, FileNotFoundError, ValueError) as error:
+        print(f"tokenflow: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        print("tokenflow: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

