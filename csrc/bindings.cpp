@@ -4,16 +4,17 @@
 
 #include <string>
 
+#include "common/multiscale_ops.h"
 #include "common/ops.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
 
 namespace tokenflow_ext {
-namespace baseline { TOKENFLOW_DECLARE_OPS }
+namespace baseline { TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS }
 #ifdef TOKENFLOW_X86
-namespace avx2 { TOKENFLOW_DECLARE_OPS }
-namespace avx512 { TOKENFLOW_DECLARE_OPS }
+namespace avx2 { TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS }
+namespace avx512 { TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS }
 #define TOKENFLOW_OP(name) def_op(m, #name, isa == 2 ? avx512::name : isa == 1 ? avx2::name : baseline::name)
 #else
 #define TOKENFLOW_OP(name) def_op(m, #name, baseline::name)
@@ -101,6 +102,14 @@ PYBIND11_MODULE(_C, m) {
   TOKENFLOW_OP(lookup_backward);
   TOKENFLOW_OP(code_statistics);
   TOKENFLOW_OP(ema_update);
+  TOKENFLOW_OP(multiscale_quantize);
+  TOKENFLOW_OP(multiscale_quantize_backward);
+  TOKENFLOW_OP(multiscale_rows);
+  TOKENFLOW_OP(multiscale_rows_backward);
+  TOKENFLOW_OP(multiscale_decode);
+  TOKENFLOW_OP(multiscale_decode_backward);
+  TOKENFLOW_OP(multiscale_chain);
+  TOKENFLOW_OP(multiscale_chain_backward);
 
   m.def("build_info", [isa] {
     py::dict info;

@@ -1,0 +1,124 @@
+// multiscale_chain: the inputs of a next-scale model by TokenFlow's rule, which grows one map from grid to grid.
+//   state_1 = codes_1,  input_s = bicubic(state_{s-1} -> grid s),  state_s = input_s + codes_s  (nothing if dropped)
+// `refine` = s >= 2 returns state_s in place of input_s; 0 refines nothing. Image by image. Source: tokenflow.md 4.1.
+#include "cpu/multiscale.h"
+
+TOKENFLOW_BEGIN
+
+// The largest grid of the call: the chain has no map of its own.
+static Grid largest(const View& grids) {
+  Grid size = {1, 1};
+  for (int64_t s = 0; grids.rank == 2 && s < grids.shape[0]; ++s) {
+    const int64_t* grid = data<int64_t>(grids) + s * grids.shape[1];
+    size = {grid[0] > size.h ? grid[0] : size.h, grid[1] > size.w ? grid[1] : size.w};
+  }
+  return size;
+}
+
+template <class T>
+static Error forward(const View& indices, const View& codebook, const Tables& tables, const View& grids, int64_t refine,
+                     const View& spare, const View& inputs, const View& code_rows, const View& code_norms,
+                     const View& status, int threads) {
+  Loop<T> loop;
+  const View none = {nullptr, kNone};
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
+                                    largest(grids), none, none, none, 0, &loop))
+    return error;
+  const int64_t channels = loop.channels, chunks = spare.shape[0];
+  int64_t outside = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : outside) if (chunks > 1)
+  for (int64_t j = 0; j < chunks; ++j) {
+    const Chunk chunk = chunk_of(loop.batch, chunks, j);
+    T* state = data<T>(spare) + 3 * j * loop.map();
+    T *grown = state + loop.map(), *rest = grown + loop.map();
+    for (int64_t b = chunk.first; b < chunk.last; ++b) {
+      int64_t at = b * loop.length;
+      T* input = data<T>(inputs) + b * inputs.shape[1] * channels;
+      for (int64_t s = 0; s < loop.scales + 1 && s < grids.shape[0]; ++s) {
+        const int64_t cells = loop.grid(s).cells(), numbers = cells * channels;
+        if (s > 0)
+          resample(kBicubic, state, loop.grid(s - 1), loop.grid(s), channels, grown, rest);
+        else
+          memset(grown, 0, numbers * sizeof(T));
+        memcpy(state, grown, numbers * sizeof(T));
+        if (s < loop.scales) {
+          T* codes = data<T>(code_rows) + at * channels;
+          outside += gather_scale(loop, data<int64_t>(indices) + at, cells, codes, data<T>(code_norms) + at * tables.count);
+          for (int64_t i = 0; i < numbers; ++i) state[i] += codes[i];
+          at += cells;
+        }
+        if (s == 0) continue;
+        memcpy(input, s + 1 == refine ? state : grown, numbers * sizeof(T));
+        input += numbers;
+      }
+    }
+  }
+  data<int64_t>(status)[0] = outside;
+  return nullptr;
+}
+
+Error multiscale_chain(View indices, View codebook, Tables tables, View grids, int64_t refine, View spare, View inputs,
+                       View code_rows, View code_norms, View status, int threads) noexcept {
+  if (indices.rank != 2 || codebook.rank != 2 || inputs.rank != 3 || spare.rank != 4)
+    return "multiscale_chain: wanted indices [B, L], codebook [K, C], inputs [B, R, C]";
+  if (!indices.contiguous || !inputs.contiguous || !code_rows.contiguous) return "multiscale_chain: wanted contiguous tensors";
+  const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
+  return of_type(indices, codebook, tables, grids, refine, spare, inputs, code_rows, code_norms, status, threads);
+}
+
+template <class T>
+static Error backward(const View& indices, const View& code_rows, const View& code_norms, const View& grad_inputs,
+                      const Tables& tables, const View& grids, int64_t refine, const View& spare, const View& gaps,
+                      const View& order, const View& starts, const View& grad_codebook, int threads) {
+  Loop<T> loop;
+  const View none = {nullptr, kNone};
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables, grids,
+                                    largest(grids), none, none, none, 0, &loop))
+    return error;
+  const int64_t channels = loop.channels, chunks = spare.shape[0];
+#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
+  for (int64_t j = 0; j < chunks; ++j) {
+    const Chunk chunk = chunk_of(loop.batch, chunks, j);
+    T* state = data<T>(spare) + 3 * j * loop.map();
+    T *grown = state + loop.map(), *rest = grown + loop.map();
+    for (int64_t b = chunk.first; b < chunk.last; ++b) {
+      int64_t at = (b + 1) * loop.length;
+      const T* input = data<T>(grad_inputs) + (b + 1) * grad_inputs.shape[1] * channels;
+      const int64_t last = loop.scales < grids.shape[0] ? loop.scales : grids.shape[0] - 1;
+      memset(state, 0, loop.map() * sizeof(T));
+      for (int64_t s = last; s >= 0; --s) {
+        // `state` is the gradient of state s; that of input s is the same sum, the codes' too.
+        const int64_t cells = loop.grid(s).cells(), numbers = cells * channels;
+        if (s > 0) input -= numbers;
+        if (s > 0 && s + 1 == refine)
+          for (int64_t i = 0; i < numbers; ++i) state[i] += input[i];
+        if (s < loop.scales) {
+          at -= cells;
+          memcpy(data<T>(gaps) + at * channels, state, numbers * sizeof(T));
+        }
+        if (s == 0) continue;
+        if (s + 1 != refine)
+          for (int64_t i = 0; i < numbers; ++i) state[i] += input[i];
+        memcpy(grown, state, numbers * sizeof(T));
+        resample_transposed(kBicubic, grown, loop.grid(s - 1), loop.grid(s), channels, state, rest);
+      }
+    }
+  }
+  sum_by_code(tables, data<int64_t>(indices), data<T>(gaps), data<T>(code_rows), data<T>(code_norms),
+              loop.batch * loop.length, order, starts, grad_codebook, threads);
+  return nullptr;
+}
+
+Error multiscale_chain_backward(View indices, View code_rows, View code_norms, View grad_inputs, Tables tables, View grids,
+                                int64_t refine, View spare, View gaps, View order, View starts, View grad_codebook,
+                                int threads) noexcept {
+  if (indices.rank != 2 || code_rows.rank != 3 || grad_inputs.rank != 3 || grad_codebook.rank != 2 || spare.rank != 4)
+    return "multiscale_chain_backward: wanted indices [B, L], code_rows [B, L, C], grad_inputs [B, R, C], grad_codebook [K, C]";
+  if (!indices.contiguous || !code_rows.contiguous || !grad_inputs.contiguous)
+    return "multiscale_chain_backward: wanted contiguous tensors";
+  const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
+  return of_type(indices, code_rows, code_norms, grad_inputs, tables, grids, refine, spare, gaps, order, starts, grad_codebook,
+                 threads);
+}
+
+TOKENFLOW_END

@@ -1,0 +1,123 @@
+// multiscale_decode: f = sum_s phi_s(Up codes_s) from ids of whole scales; and the inputs of a next-scale model by the
+// rule "accumulate": Down_{s+1} f_s for the running maps f_s. Either output may be absent. Dropped scales add nothing.
+//   backward: G = df; from the last scale to the first G += Down_{s+1}^T dinputs_{s+1}, dstep_s = G
+// Image by image; kept for backward: the gathered codes [B, L, C].
+#include "cpu/multiscale.h"
+
+TOKENFLOW_BEGIN
+
+template <class T>
+static Error forward(const View& indices, const View& codebook, const Tables& tables, const View& grids, Grid size,
+                     const View& phi, const View& bias, double ratio, const View& spare, const View& map, const View& inputs,
+                     const View& code_rows, const View& code_norms, const View& status, int threads) {
+  Loop<T> loop;
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids, size, phi,
+                                    View{nullptr, kNone}, bias, ratio, &loop))
+    return error;
+  const int64_t channels = loop.channels, chunks = spare.shape[0];
+  int64_t outside = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : outside) if (chunks > 1)
+  for (int64_t j = 0; j < chunks; ++j) {
+    const Chunk chunk = chunk_of(loop.batch, chunks, j);
+    T* sum = data<T>(spare) + 4 * j * loop.map();
+    T *step = sum + loop.map(), *rest = step + loop.map();
+    for (int64_t b = chunk.first; b < chunk.last; ++b) {
+      memset(sum, 0, loop.map() * sizeof(T));
+      int64_t at = b * loop.length;
+      T* input = inputs.data ? data<T>(inputs) + b * inputs.shape[1] * channels : nullptr;
+      for (int64_t s = 0; s < loop.scales; ++s) {
+        const int64_t cells = loop.grid(s).cells();
+        const int64_t* ids = data<int64_t>(indices) + at;
+        T* codes = data<T>(code_rows) + at * channels;
+        outside += gather_scale(loop, ids, cells, codes, data<T>(code_norms) + at * tables.count);
+        at += cells;
+        if (!dropped(ids, cells)) {
+          code_step(loop, s, codes, step, rest);
+          for (int64_t i = 0; i < loop.map(); ++i) sum[i] += step[i];
+        }
+        if (!input || s + 1 == grids.shape[0]) continue;
+        resample(kArea, sum, size, loop.grid(s + 1), channels, input, rest);
+        input += loop.grid(s + 1).cells() * channels;
+      }
+      if (map.data) store_map(map, b, channels, size.cells(), sum, rest);
+    }
+  }
+  data<int64_t>(status)[0] = outside;
+  return nullptr;
+}
+
+Error multiscale_decode(View indices, View codebook, Tables tables, View grids, int64_t height, int64_t width, View phi,
+                        View bias, double ratio, View spare, View map, View inputs, View code_rows, View code_norms,
+                        View status, int threads) noexcept {
+  if (indices.rank != 2 || codebook.rank != 2 || code_rows.rank != 3 || spare.rank != 4)
+    return "multiscale_decode: wanted indices [B, L], codebook [K, C], code_rows [B, L, C]";
+  if (!indices.contiguous || !map.contiguous || !inputs.contiguous || !code_rows.contiguous)
+    return "multiscale_decode: wanted contiguous tensors";
+  const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
+  return of_type(indices, codebook, tables, grids, {height, width}, phi, bias, ratio, spare, map, inputs, code_rows,
+                 code_norms, status, threads);
+}
+
+template <class T>
+static Error backward(const View& indices, const View& code_rows, const View& code_norms, const View& grad_map,
+                      const View& grad_inputs, const Tables& tables, const View& grids, Grid size, const View& phi,
+                      const View& phi_transposed, const View& bias, double ratio, const View& spare, const View& gaps,
+                      const View& partial_phi, const View& order, const View& starts, const View& grad_codebook,
+                      const View& grad_phi, int threads) {
+  Loop<T> loop;
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables, grids, size,
+                                    phi, phi_transposed, bias, ratio, &loop))
+    return error;
+  const int64_t channels = loop.channels, chunks = spare.shape[0];
+  const int64_t kernels = phi.data ? phi.shape[0] * loop.kernel() : 0;
+  const int64_t numbers = phi.data ? kernels + phi.shape[0] * channels : 0;
+#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
+  for (int64_t j = 0; j < chunks; ++j) {
+    const Chunk chunk = chunk_of(loop.batch, chunks, j);
+    T* grad = data<T>(spare) + 5 * j * loop.map();
+    T *step = grad + loop.map(), *rest = step + loop.map();
+    T* phi_share = numbers ? data<T>(partial_phi) + j * numbers : nullptr;
+    if (numbers) memset(phi_share, 0, numbers * sizeof(T));
+    for (int64_t b = chunk.first; b < chunk.last; ++b) {
+      if (grad_map.data)
+        load_map(grad_map, b, channels, size.cells(), grad, rest);
+      else
+        memset(grad, 0, loop.map() * sizeof(T));
+      int64_t at = (b + 1) * loop.length;
+      const T* input = grad_inputs.data ? data<T>(grad_inputs) + (b + 1) * grad_inputs.shape[1] * channels : nullptr;
+      for (int64_t s = loop.scales - 1; s >= 0; --s) {
+        if (input && s + 1 < grids.shape[0]) {
+          input -= loop.grid(s + 1).cells() * channels;
+          resample_transposed(kArea, input, size, loop.grid(s + 1), channels, step, rest);
+          for (int64_t i = 0; i < loop.map(); ++i) grad[i] += step[i];
+        }
+        const int64_t cells = loop.grid(s).cells();
+        at -= cells;
+        T* rows = data<T>(gaps) + at * channels;
+        if (dropped(data<int64_t>(indices) + at, cells))
+          memset(rows, 0, cells * channels * sizeof(T));
+        else
+          code_step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, phi_share, phi_share + kernels, rest);
+      }
+    }
+  }
+  if (grad_phi.data) sum_chunks(data<T>(partial_phi), chunks, numbers, data<T>(grad_phi));
+  sum_by_code(tables, data<int64_t>(indices), data<T>(gaps), data<T>(code_rows), data<T>(code_norms),
+              loop.batch * loop.length, order, starts, grad_codebook, threads);
+  return nullptr;
+}
+
+Error multiscale_decode_backward(View indices, View code_rows, View code_norms, View grad_map, View grad_inputs,
+                                 Tables tables, View grids, int64_t height, int64_t width, View phi, View phi_transposed,
+                                 View bias, double ratio, View spare, View gaps, View partial_phi, View order, View starts,
+                                 View grad_codebook, View grad_phi, int threads) noexcept {
+  if (indices.rank != 2 || code_rows.rank != 3 || grad_codebook.rank != 2 || spare.rank != 4)
+    return "multiscale_decode_backward: wanted indices [B, L], code_rows [B, L, C], grad_codebook [K, C]";
+  if (!indices.contiguous || !code_rows.contiguous || !grad_map.contiguous || !grad_inputs.contiguous)
+    return "multiscale_decode_backward: wanted contiguous tensors";
+  const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
+  return of_type(indices, code_rows, code_norms, grad_map, grad_inputs, tables, grids, {height, width}, phi, phi_transposed,
+                 bias, ratio, spare, gaps, partial_phi, order, starts, grad_codebook, grad_phi, threads);
+}
+
+TOKENFLOW_END

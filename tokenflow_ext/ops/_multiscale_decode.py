@@ -1,0 +1,241 @@
+"""Registration of multiscale_rows, multiscale_decode and multiscale_chain: the ops that follow given ids."""
+
+import torch
+
+from tokenflow_ext.ops._multiscale_common import (
+    cells_of,
+    chunks_of,
+    grid_rows,
+    kernels_of,
+    norms_space,
+    phi_numbers,
+    refuse_outside,
+    sort_space,
+    split_phi,
+)
+from tokenflow_ext.ops._native import LIBRARY, _C, define, define_backward, threads, view
+from tokenflow_ext.ops.search import tables_of
+
+
+def _tables(widths, unit_codes: bool):
+    return tables_of(widths, [1.0] * len(widths), "dot", unit_codes)
+
+
+def _rows(features, indices, codebook, weight, bias, grids, widths, unit_codes, ratio):
+    features, indices, codebook = features.contiguous(), indices.contiguous(), codebook.contiguous()
+    batch, channels, height, width = features.shape
+    kernels, bias = kernels_of(weight, transposed=False), None if bias is None else bias.contiguous()
+    rows, kept = codebook.new_empty((*indices.shape, channels)), codebook.new_empty(indices.shape)
+    spare = codebook.new_empty((chunks_of(batch), 5, height * width, channels))
+    status, scales = torch.empty(1, dtype=torch.int64), grid_rows(grids)
+    _C.multiscale_rows(
+        view(features), view(indices), view(codebook), _tables(widths, unit_codes), view(scales), view(kernels), view(bias),
+        ratio, view(spare), view(rows), view(kept), view(status), threads(),
+    )  # fmt: skip
+    refuse_outside("multiscale_rows", status, codebook.shape[0])
+    return rows, kept
+
+
+def _rows_fake(features, indices, codebook, weight, bias, grids, widths, unit_codes, ratio):
+    return codebook.new_empty((*indices.shape, features.shape[1])), codebook.new_empty(indices.shape)
+
+
+def _rows_backward(kept, grad_rows, grids, height, width):
+    grad_rows = grad_rows.contiguous()
+    batch, _, channels = grad_rows.shape
+    grad_features = grad_rows.new_empty((batch, channels, height, width))
+    spare, scales = grad_rows.new_empty((chunks_of(batch), 4, height * width, channels)), grid_rows(grids)
+    _C.multiscale_rows_backward(view(kept), view(grad_rows), view(scales), view(spare), view(grad_features), threads())
+    return grad_features
+
+
+def _rows_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.options = (inputs[5], *inputs[0].shape[2:])
+    ctx.dtype = inputs[0].dtype
+
+
+def _rows_autograd(ctx, grad_rows, _):
+    grad = torch.ops.tokenflow_ext.multiscale_rows_backward(*ctx.saved_tensors, grad_rows, *ctx.options)
+    return grad.to(ctx.dtype), *(None,) * 8
+
+
+define(
+    "multiscale_rows(Tensor features, Tensor indices, Tensor codebook, Tensor? weight, Tensor? bias, int[] grids, "
+    "int[] widths, bool unit_codes, float ratio) -> (Tensor, Tensor)",
+    _rows,
+    _rows_fake,
+)
+define_backward(
+    "multiscale_rows_backward(Tensor kept, Tensor grad_rows, int[] grids, SymInt height, SymInt width) -> Tensor",
+    _rows_backward,
+    lambda kept, grad_rows, grids, height, width: grad_rows.new_empty((kept.shape[0], grad_rows.shape[2], height, width)),
+)
+torch.library.register_autograd("tokenflow_ext::multiscale_rows", _rows_autograd, setup_context=_rows_setup, lib=LIBRARY)
+
+
+def _input_rows(grids, length: int) -> int:
+    """Rows that a prefix of `length` ids gives: those of scales 2 .. min(p + 1, S)."""
+    cells = cells_of(grids)
+    covered = scales = 0
+    while covered < length:
+        covered += cells[scales]
+        scales += 1
+    return sum(cells[1 : scales + 1]) if scales else 0
+
+
+def _decode_shape(indices, codebook, grids, height, width, as_inputs):
+    if as_inputs:
+        return indices.shape[0], _input_rows(grids, indices.shape[1]), codebook.shape[1]
+    return indices.shape[0], codebook.shape[1], height, width
+
+
+def _decode(indices, codebook, weight, bias, grids, height, width, widths, unit_codes, ratio, as_inputs):
+    indices, codebook = indices.contiguous(), codebook.contiguous()
+    channels = codebook.shape[1]
+    kernels, bias = kernels_of(weight, transposed=False), None if bias is None else bias.contiguous()
+    out = codebook.new_empty(_decode_shape(indices, codebook, grids, height, width, as_inputs))
+    code_rows = codebook.new_empty((*indices.shape, channels))
+    code_norms = norms_space(codebook, (*indices.shape, len(widths)), unit_codes)
+    spare = codebook.new_empty((chunks_of(indices.shape[0]), 4, height * width, channels))
+    status, scales = torch.empty(1, dtype=torch.int64), grid_rows(grids)
+    _C.multiscale_decode(
+        view(indices), view(codebook), _tables(widths, unit_codes), view(scales), height, width, view(kernels), view(bias),
+        ratio, view(spare), view(None if as_inputs else out), view(out if as_inputs else None), view(code_rows),
+        view(code_norms), view(status), threads(),
+    )  # fmt: skip
+    refuse_outside("multiscale_inputs" if as_inputs else "multiscale_decode", status, codebook.shape[0])
+    return out, code_rows, code_norms
+
+
+def _decode_fake(indices, codebook, weight, bias, grids, height, width, widths, unit_codes, ratio, as_inputs):
+    return (
+        codebook.new_empty(_decode_shape(indices, codebook, grids, height, width, as_inputs)),
+        codebook.new_empty((*indices.shape, codebook.shape[1])),
+        codebook.new_empty((*indices.shape, len(widths))),
+    )
+
+
+def _decode_backward(
+    indices, code_rows, code_norms, grad, weight, bias, codes, grids, height, width, widths, unit_codes, ratio, as_inputs
+):  # fmt: skip
+    indices, grad = indices.contiguous(), grad.contiguous()
+    channels, chunks = code_rows.shape[2], chunks_of(indices.shape[0])
+    kernels, turned = kernels_of(weight, transposed=False), kernels_of(weight, transposed=True)
+    bias, scales = None if bias is None else bias.contiguous(), grid_rows(grids)
+    spare, gaps = code_rows.new_empty((chunks, 5, height * width, channels)), torch.empty_like(code_rows)
+    partial_phi, grad_phi = code_rows.new_empty((chunks, phi_numbers(weight))), code_rows.new_empty(phi_numbers(weight))
+    order, starts = sort_space(indices, codes)
+    grad_codebook = code_rows.new_empty((codes, channels))
+    _C.multiscale_decode_backward(
+        view(indices), view(code_rows), view(code_norms), view(None if as_inputs else grad), view(grad if as_inputs else None),
+        _tables(widths, unit_codes), view(scales), height, width, view(kernels), view(turned), view(bias), ratio, view(spare),
+        view(gaps), view(partial_phi), view(order), view(starts), view(grad_codebook),
+        view(None if weight is None else grad_phi), threads(),
+    )  # fmt: skip
+    empty = code_rows.new_empty
+    return grad_codebook, *(split_phi(grad_phi, weight) if weight is not None else (empty(0), empty(0)))
+
+
+def _decode_backward_fake(
+    indices, code_rows, code_norms, grad, weight, bias, codes, grids, height, width, widths, unit_codes, ratio, as_inputs
+):  # fmt: skip
+    empty = code_rows.new_empty
+    return (
+        empty((codes, code_rows.shape[2])),
+        empty((0,) if weight is None else weight.shape),
+        empty((0,) if bias is None else bias.shape),
+    )
+
+
+def _decode_setup(ctx, inputs, output):
+    indices, codebook, weight, bias, *options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(indices, *output[1:], weight, bias)
+    ctx.options = (codebook.shape[0], *options)
+
+
+def _decode_autograd(ctx, grad, *_):
+    indices, code_rows, code_norms, weight, bias = ctx.saved_tensors
+    grads = torch.ops.tokenflow_ext.multiscale_decode_backward(
+        indices, code_rows, code_norms, grad, weight, bias, *ctx.options
+    )
+    wanted = ctx.needs_input_grad[1:4]
+    return None, *(g if w else None for g, w in zip(grads, wanted)), *(None,) * 7
+
+
+_OPTIONS = "int[] grids, SymInt height, SymInt width, int[] widths, bool unit_codes, float ratio, bool as_inputs"
+
+define(
+    f"multiscale_decode(Tensor indices, Tensor codebook, Tensor? weight, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _decode,
+    _decode_fake,
+)
+define_backward(
+    "multiscale_decode_backward(Tensor indices, Tensor code_rows, Tensor code_norms, Tensor grad, Tensor? weight, "
+    f"Tensor? bias, SymInt codes, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _decode_backward,
+    _decode_backward_fake,
+)
+torch.library.register_autograd("tokenflow_ext::multiscale_decode", _decode_autograd, setup_context=_decode_setup, lib=LIBRARY)
+
+
+def _chain(indices, codebook, grids, widths, unit_codes, refine):
+    indices, codebook = indices.contiguous(), codebook.contiguous()
+    channels, scales = codebook.shape[1], grid_rows(grids)
+    inputs = codebook.new_empty((indices.shape[0], _input_rows(grids, indices.shape[1]), channels))
+    code_rows = codebook.new_empty((*indices.shape, channels))
+    code_norms = norms_space(codebook, (*indices.shape, len(widths)), unit_codes)
+    spare = codebook.new_empty((chunks_of(indices.shape[0]), 3, max(grids[::3]) * max(grids[1::3]), channels))
+    status = torch.empty(1, dtype=torch.int64)
+    _C.multiscale_chain(
+        view(indices), view(codebook), _tables(widths, unit_codes), view(scales), refine, view(spare), view(inputs),
+        view(code_rows), view(code_norms), view(status), threads(),
+    )  # fmt: skip
+    refuse_outside("multiscale_inputs", status, codebook.shape[0])
+    return inputs, code_rows, code_norms
+
+
+def _chain_fake(indices, codebook, grids, widths, unit_codes, refine):
+    return (
+        codebook.new_empty((indices.shape[0], _input_rows(grids, indices.shape[1]), codebook.shape[1])),
+        codebook.new_empty((*indices.shape, codebook.shape[1])),
+        codebook.new_empty((*indices.shape, len(widths))),
+    )
+
+
+def _chain_backward(indices, code_rows, code_norms, grad_inputs, codes, grids, widths, unit_codes, refine):
+    indices, grad_inputs, scales = indices.contiguous(), grad_inputs.contiguous(), grid_rows(grids)
+    channels = code_rows.shape[2]
+    spare = code_rows.new_empty((chunks_of(indices.shape[0]), 3, max(grids[::3]) * max(grids[1::3]), channels))
+    gaps, (order, starts) = torch.empty_like(code_rows), sort_space(indices, codes)
+    grad_codebook = code_rows.new_empty((codes, channels))
+    _C.multiscale_chain_backward(
+        view(indices), view(code_rows), view(code_norms), view(grad_inputs), _tables(widths, unit_codes), view(scales), refine,
+        view(spare), view(gaps), view(order), view(starts), view(grad_codebook), threads(),
+    )  # fmt: skip
+    return grad_codebook
+
+
+def _chain_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(inputs[0], *output[1:])
+    ctx.options = (inputs[1].shape[0], *inputs[2:])
+
+
+def _chain_autograd(ctx, grad_inputs, *_):
+    grad = torch.ops.tokenflow_ext.multiscale_chain_backward(*ctx.saved_tensors, grad_inputs, *ctx.options)
+    return None, grad, *(None,) * 4
+
+
+_CHAIN = "int[] grids, int[] widths, bool unit_codes, int refine"
+
+define(f"multiscale_chain(Tensor indices, Tensor codebook, {_CHAIN}) -> (Tensor, Tensor, Tensor)", _chain, _chain_fake)
+define_backward(
+    "multiscale_chain_backward(Tensor indices, Tensor code_rows, Tensor code_norms, Tensor grad_inputs, SymInt codes, "
+    f"{_CHAIN}) -> Tensor",
+    _chain_backward,
+    lambda indices, code_rows, code_norms, grad_inputs, codes, *_: code_rows.new_empty((codes, code_rows.shape[2])),
+)
+torch.library.register_autograd("tokenflow_ext::multiscale_chain", _chain_autograd, setup_context=_chain_setup, lib=LIBRARY)

@@ -1,0 +1,138 @@
+"""Registration of multiscale_quantize: allocation, shapes and autograd around the native calls."""
+
+import torch
+
+from tokenflow_ext.ops._multiscale_common import cells_of, chunks_of, grid_rows, kernels_of, norms_space, phi_numbers, sort_space, split_phi
+from tokenflow_ext.ops._native import LIBRARY, _C, define, define_backward, threads, view, warn_non_finite
+from tokenflow_ext.ops.search import packed_size, tables_of
+
+
+def _quantize(
+    features, codebook, weight, bias, grids, widths, weights, metric, unit_codes, ratio, accumulated, commitment_weight,
+    codebook_weight,
+):  # fmt: skip
+    features, codebook = features.contiguous(), codebook.contiguous()
+    batch, channels, height, width = features.shape
+    cells, pixels = cells_of(grids), height * width
+    length = sum(cells)
+    kernels, bias = kernels_of(weight, transposed=False), None if bias is None else bias.contiguous()
+    rows_of_grids = grid_rows(grids)
+    quantized, loss = torch.empty_like(features), codebook.new_empty(())
+    indices, status = torch.empty((batch, length), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    rows, code_rows = codebook.new_empty((batch, length, channels)), codebook.new_empty((batch, length, channels))
+    code_norms = norms_space(codebook, (batch, length, len(widths)), unit_codes)
+    packed = codebook.new_empty(packed_size(codebook.shape[0], channels))
+    maps = codebook.new_empty((2, batch, pixels, channels))
+    staged = codebook.new_empty((batch * max(cells), channels))
+    spare = codebook.new_empty((chunks_of(batch), 3, pixels, channels))
+    partial = torch.empty((len(cells), batch), dtype=torch.float64)
+    _C.multiscale_quantize(
+        view(features), view(codebook), tables_of(widths, weights, metric, unit_codes), view(rows_of_grids), view(kernels),
+        view(bias), ratio, accumulated, commitment_weight + codebook_weight, view(packed), view(maps), view(staged),
+        view(spare), view(partial), view(quantized), view(indices), view(loss), view(rows), view(code_rows),
+        view(code_norms), view(status), threads(),
+    )  # fmt: skip
+    warn_non_finite("multiscale_quantize", status)
+    return quantized, indices, loss, rows, code_rows, code_norms
+
+
+def _quantize_fake(
+    features, codebook, weight, bias, grids, widths, weights, metric, unit_codes, ratio, accumulated, commitment_weight,
+    codebook_weight,
+):  # fmt: skip
+    batch, length = features.shape[0], sum(cells_of(grids))
+    return (
+        features.new_empty(features.shape),
+        features.new_empty((batch, length), dtype=torch.int64),
+        codebook.new_empty(()),
+        codebook.new_empty((batch, length, features.shape[1])),
+        codebook.new_empty((batch, length, features.shape[1])),
+        codebook.new_empty((batch, length, len(widths))),
+    )
+
+
+def _quantize_backward(
+    features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, weight, bias, codes, grids, widths, metric,
+    unit_codes, ratio, accumulated, commitment_weight, codebook_weight, wants_features, wants_codebook, wants_phi,
+):  # fmt: skip
+    features = features.contiguous()
+    batch, channels, height, width = features.shape
+    grad_quantized = None if grad_quantized is None else grad_quantized.contiguous()
+    kernels, turned = kernels_of(weight, transposed=False), kernels_of(weight, transposed=True)
+    bias, rows_of_grids = None if bias is None else bias.contiguous(), grid_rows(grids)
+    maps, chunks = 5 + len(rows_of_grids) if accumulated else 7, chunks_of(batch)
+    spare, gaps = rows.new_empty((chunks, maps, height * width, channels)), torch.empty_like(rows)
+    partial_phi = rows.new_empty((chunks, phi_numbers(weight)))
+    order, starts = sort_space(indices, codes)
+    grad_features = torch.empty_like(features) if wants_features else None
+    grad_codebook = rows.new_empty((codes, channels)) if wants_codebook else None
+    grad_phi = rows.new_empty(phi_numbers(weight)) if wants_phi else None
+    _C.multiscale_quantize_backward(
+        view(features), view(indices), view(rows), view(code_rows), view(code_norms), view(grad_quantized), view(grad_loss),
+        tables_of(widths, [1.0] * len(widths), metric, unit_codes), view(rows_of_grids), view(kernels), view(turned), view(bias),
+        ratio, accumulated, commitment_weight, codebook_weight, view(spare), view(gaps), view(partial_phi), view(order),
+        view(starts), view(grad_features), view(grad_codebook), view(grad_phi), threads(),
+    )  # fmt: skip
+    empty = rows.new_empty
+    return (
+        grad_features if wants_features else features.new_empty(0),
+        grad_codebook if wants_codebook else empty(0),
+        *(split_phi(grad_phi, weight) if wants_phi else (empty(0), empty(0))),
+    )
+
+
+def _quantize_backward_fake(
+    features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, weight, bias, codes, grids, widths, metric,
+    unit_codes, ratio, accumulated, commitment_weight, codebook_weight, wants_features, wants_codebook, wants_phi,
+):  # fmt: skip
+    return (
+        features.new_empty(features.shape if wants_features else (0,)),
+        rows.new_empty((codes, features.shape[1]) if wants_codebook else (0,)),
+        rows.new_empty(weight.shape if wants_phi else (0,)),
+        rows.new_empty(bias.shape if wants_phi else (0,)),
+    )
+
+
+def _quantize_setup(ctx, inputs, output):
+    features, codebook, weight, bias, grids, widths, _, *options = inputs
+    _, indices, _, rows, code_rows, code_norms = output
+    ctx.mark_non_differentiable(indices, rows, code_rows, code_norms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(features, indices, rows, code_rows, code_norms, weight, bias)
+    ctx.options = (codebook.shape[0], grids, widths, *options)
+
+
+def _quantize_autograd(ctx, grad_quantized, grad_indices, grad_loss, *_):
+    *saved, weight, bias = ctx.saved_tensors
+    if grad_quantized is None and grad_loss is None:
+        return (None,) * 13
+    wants_features = ctx.needs_input_grad[0]
+    # `quantized` sends nothing to codebooks or phi; phi only lies on the way of the loss on accumulated maps.
+    wants_codebook = ctx.needs_input_grad[1] and grad_loss is not None
+    wants_phi = weight is not None and any(ctx.needs_input_grad[2:4]) and grad_loss is not None
+    grads = torch.ops.tokenflow_ext.multiscale_quantize_backward(
+        *saved, grad_quantized, grad_loss, weight, bias, *ctx.options, wants_features, wants_codebook, wants_phi
+    )
+    wanted = (wants_features, wants_codebook, wants_phi, wants_phi)
+    return *(g if w else None for g, w in zip(grads, wanted)), *(None,) * 9
+
+
+_LOOP = "int[] grids, int[] widths, float[] weights, str metric, bool unit_codes, float ratio"
+
+define(
+    f"multiscale_quantize(Tensor features, Tensor codebook, Tensor? weight, Tensor? bias, {_LOOP}, bool accumulated, "
+    "float commitment_weight, float codebook_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
+)
+define_backward(
+    "multiscale_quantize_backward(Tensor features, Tensor indices, Tensor rows, Tensor code_rows, Tensor code_norms, "
+    "Tensor? grad_quantized, Tensor? grad_loss, Tensor? weight, Tensor? bias, SymInt codes, int[] grids, int[] widths, "
+    "str metric, bool unit_codes, float ratio, bool accumulated, float commitment_weight, float codebook_weight, "
+    "bool wants_features, bool wants_codebook, bool wants_phi) -> (Tensor, Tensor, Tensor, Tensor)",
+    _quantize_backward,
+    _quantize_backward_fake,
+)
+torch.library.register_autograd(
+    "tokenflow_ext::multiscale_quantize", _quantize_autograd, setup_context=_quantize_setup, lib=LIBRARY
+)
