@@ -97,7 +97,7 @@ static inline void scan_tile(const T* staged, const Packed<T>& packed, int64_t f
   V low[R][2];
   I at[R][2];
   for (int r = 0; r < R; ++r)
-    for (int h = 0; h < 2; ++h) low[r][h] = V{} + static_cast<T>(__builtin_inf()), at[r][h] = I{} - 1;
+    for (int h = 0; h < 2; ++h) low[r][h] = broadcast(static_cast<T>(__builtin_inf())), at[r][h] = I{} - 1;
   for (int64_t pair = from; pair < to; ++pair) {
     const T* codes = packed.panels + pair / kPairs * packed.stride() + pair % kPairs * 2 * kLanes;
     V score[R][2];
@@ -106,7 +106,7 @@ static inline void scan_tile(const T* staged, const Packed<T>& packed, int64_t f
     for (int64_t d = 0; d < channels; ++d) {
       const V c0 = load_register(codes + d * kPanel), c1 = load_register(codes + d * kPanel + kLanes);
       for (int r = 0; r < R; ++r) {
-        const V x = V{} + staged[r * channels + d];
+        const V x = broadcast(staged[r * channels + d]);
         score[r][0] = fused(x, c0, score[r][0]);
         score[r][1] = fused(x, c1, score[r][1]);
       }
@@ -139,7 +139,7 @@ static inline void score_panel(const T* staged, const Packed<T>& packed, int64_t
   for (int i = 0; i < kRegisters; ++i) score[i] = load_register(panel + packed.channels * kPanel + i * kLanes);
   for (int64_t d = 0; d < packed.channels; ++d)
     for (int i = 0; i < kRegisters; ++i)
-      score[i] = fused(V{} + staged[d], load_register(panel + d * kPanel + i * kLanes), score[i]);
+      score[i] = fused(broadcast(staged[d]), load_register(panel + d * kPanel + i * kLanes), score[i]);
   memcpy(scores, score, sizeof(score));
 }
 

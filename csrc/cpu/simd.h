@@ -45,6 +45,12 @@ static inline typename Register<T>::V load_register(const T* p) {
   return v;
 }
 
+// x - 0 is x, which the compiler knows; x + 0 is not, for -0.
+template <class T>
+static inline typename Register<T>::V broadcast(T x) {
+  return x - typename Register<T>::V{};
+}
+
 static inline Register<float>::V fused(Register<float>::V a, Register<float>::V b, Register<float>::V c) {
 #if defined(__AVX512F__)
   return (Register<float>::V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

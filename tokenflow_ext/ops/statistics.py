@@ -34,6 +34,8 @@ def _code_statistics_fake(x, indices, codes):
 def _ema_update_(codebook, ema_counts, ema_sums, counts, sums, decay, eps, metric, normalize_mean):
     counts, sums = counts.contiguous(), sums.contiguous()
     tables = tables_of([codebook.shape[2]], [1.0], metric)
+    # A write through a pointer is invisible to autograd: without this a gradient that needs the old values goes wrong silently.
+    torch.autograd.graph.increment_version((codebook, ema_counts, ema_sums))
     _C.ema_update(
         view(codebook), view(ema_counts), view(ema_sums), view(counts), view(sums), tables, decay, eps, normalize_mean, threads()
     )
