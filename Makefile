@@ -33,13 +33,8 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 		echo 'The demo runs without ST-LPIPS and sentence vectors: their packages could not be installed.'
 	touch $@
 
-# Kernels are compiled into build/ and copied beside the Python files, where pytest and PYTHONPATH=.:python find them.
-dev: $(VENV)/test
-	$(PIP) pybind11 cmake ninja
-	$(VENV)/bin/cmake -G Ninja -S . -B build -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python \
-		-Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) -DSKBUILD_PROJECT_VERSION=0.1.0
-	$(VENV)/bin/cmake --build build
-	cp build/_C*.so tokenflow_ext/
+dev: $(VENV)/torch
+	$(PIP) -e '.[test]'
 
 clean:
 	rm -rf $(VENV) build tokenflow_ext/_C*.so
