@@ -129,9 +129,9 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, 
         assert error <= tolerance * size, f"{what}: error {error:.3g} of {size:.3g}"
 
 
-def assert_gradients(actual, expected, tolerance: float) -> None:
-    """`assert_near` for every gradient, where one that cancels may be off by a share of the largest."""
-    size = max([float(b.abs().max()) for b in expected if b.numel()], default=0.0)
+def assert_gradients(actual, expected, tolerance: float, size: float = 0.0) -> None:
+    """`assert_near` for every gradient, where one that cancels may be off by a share of the largest, or of `size`."""
+    size = max([float(b.abs().max()) for b in expected if b.numel()] + [size])
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert_near(a, b, tolerance, f"gradient {i}", size)
 
