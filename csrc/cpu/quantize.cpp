@@ -111,8 +111,8 @@ static void backward(const View& x, const View& code_rows, const View& code_norm
     T* y = gaps + i * channels;
     const T* code = q + i * channels;
     load(x, i * channels, channels, y);
-    // A NaN code row marks a row that is left out of every gradient.
-    const bool good = all_finite(y, channels) && code[0] == code[0];
+    // A code that is not finite (a row that was not, or a codebook without a number) sends and gets no gradient.
+    const bool good = all_finite(y, channels) && all_finite(code, channels);
     if (tables.unit) make_unit(tables, y, norms);
     if (grad_x.data) {
       T* g = static_cast<T*>(spare.data) + (rows * groups + i) * channels;
@@ -140,7 +140,7 @@ static void backward(const View& x, const View& code_rows, const View& code_norm
     // Every good row of a code carries the same code and norms: any of them gives the Jacobian.
     for (int64_t j = start[0]; tables.unit_codes && j < start[1]; ++j) {
       const int64_t row = sorted[g * rows + j] * groups + g;
-      if (!(q[row * channels] == q[row * channels])) continue;
+      if (!all_finite(q + row * channels, channels)) continue;
       through_unit(tables, q + row * channels, static_cast<const T*>(code_norms.data) + row * tables.count, out);
       break;
     }

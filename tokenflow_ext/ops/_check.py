@@ -1,10 +1,11 @@
 """Bad input becomes a sentence before any pointer is touched: op, argument, wanted, got."""
 
+import numbers
 from collections.abc import Sequence
 
 import torch
 
-from tokenflow_ext.ops._native import FLOATS
+from tokenflow_ext.ops._native import FLOATS, check_ids, warn_non_finite
 
 METRICS = ("cosine", "l2", "dot")
 
@@ -33,10 +34,26 @@ def metric(op: str, value: str) -> str:
     return value
 
 
-def non_negative(op: str, name: str, value: float) -> float:
+def number(op: str, name: str, value) -> float:
+    """`value` as a float, if it is a number and no tensor, else TypeError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name}: wanted a number, got {type(value).__name__}")
+    return float(value)
+
+
+def integer(op: str, name: str, value) -> int:
+    """`value` if it is an integer, else TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name}: wanted an integer, got {type(value).__name__}")
+    return value
+
+
+def non_negative(op: str, name: str, value) -> float:
+    """`value` as a float, if it is a finite number >= 0."""
+    value = number(op, name, value)
     if not value >= 0 or value == float("inf"):
         raise ValueError(f"{op}: {name}: wanted a finite number >= 0, got {value}")
-    return float(value)
+    return value
 
 
 def same_device(op: str, **tensors: torch.Tensor) -> None:
@@ -50,7 +67,7 @@ def table(op: str, name: str, value, *, grouped: bool = True) -> torch.Tensor:
     """A codebook [K, D], or [G, K, D] where groups are allowed, with at least one code and one channel."""
     floating(op, name, value)
     ranks = (2, 3) if grouped else (2,)
-    if value.dim() not in ranks or value.shape[-1] < 1 or value.shape[-2] < 1:
+    if value.dim() not in ranks or min(value.shape) < 1:
         wanted = "[K, D] or [G, K, D]" if grouped else "[K, D]"
         raise ValueError(f"{op}: {name}: wanted {wanted} with at least one code and one channel, got {list(value.shape)}")
     return value
@@ -105,6 +122,21 @@ def table_weights(op: str, weights, tables: int) -> list[float]:
         return [1.0] * tables
     if isinstance(weights, torch.Tensor):
         weights = weights.tolist()
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise TypeError(f"{op}: weights: wanted a sequence of numbers, one a table, got {type(weights).__name__}")
     if len(weights) != tables:
         raise ValueError(f"{op}: weights: wanted one a table, {tables}, got {len(weights)}")
-    return [non_negative(op, "weights", float(w)) for w in weights]
+    return [non_negative(op, f"weights[{t}]", w) for t, w in enumerate(weights)]
+
+
+def warn_about_rows(op: str, *xs: torch.Tensor) -> None:
+    """The kernels' warning about rows that are not finite, for the twins; on the CPU, where it costs no synchronisation."""
+    if xs[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = sum((~x.detach().isfinite().all(-1)).long() for x in xs)
+        warn_non_finite(op, (bad > 0).sum().reshape(1))
+
+
+def ids_in_range(op: str, indices: torch.Tensor, codes: int) -> None:
+    """The kernels' ValueError about ids outside the table, for the twins; on the CPU only."""
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(op, ((indices < 0) | (indices >= codes)).sum(), codes)

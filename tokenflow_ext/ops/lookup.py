@@ -76,6 +76,7 @@ def lookup(indices: torch.Tensor, codebook: torch.Tensor, *, backend: str = "aut
     if codebook.dim() == 3 and (indices.dim() < 1 or indices.shape[-1] != groups):
         raise ValueError(f"lookup: indices: wanted [..., {groups}] for a codebook {list(codebook.shape)}, got {list(indices.shape)}")
     if not use_native("lookup", backend, indices.device):
+        _check.ids_in_range("lookup", indices, codebook.shape[-2])
         return reference.lookup(indices, codebook)
     flat = indices.reshape(_check.count(indices.shape) // groups, groups)
     rows = torch.ops.tokenflow_ext.lookup(flat, codebook.reshape(groups, -1, codebook.shape[-1]))

@@ -154,6 +154,7 @@ def quantize(
     codebook_weight = _check.non_negative("quantize", "codebook_weight", codebook_weight)
     options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
     if not use_native("quantize", backend, x.device):
+        _check.warn_about_rows("quantize", rows)
         return reference.quantize(x, codebook, **options)
     table = table.to(real(x, codebook))
     out = torch.ops.tokenflow_ext.quantize(rows, table, [x.shape[-1]], [1.0], metric, commitment_weight, codebook_weight)
@@ -205,6 +206,7 @@ def shared_quantize(
     codebook_weight = _check.non_negative(op, "codebook_weight", codebook_weight)
     options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
     if not use_native(op, backend, xs[0].device):
+        _check.warn_about_rows(op, *xs)
         return reference.shared_quantize(xs, codebooks, weights=weights, **options)
     x, codebook = concatenate(xs, codebooks)
     out = torch.ops.tokenflow_ext.quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_weight)

@@ -1,5 +1,7 @@
 """nearest_code and shared_nearest_code: exhaustive search that never forms an N x K matrix."""
 
+from collections.abc import Sequence
+
 import torch
 
 from tokenflow_ext import reference
@@ -91,18 +93,27 @@ def nearest_code(
     rows, table = _check.rows_and_table("nearest_code", x, codebook)
     _check.metric("nearest_code", metric)
     codes = table.shape[1]
-    lo, hi = (0, codes) if window is None else (int(window[0]), int(window[1]))
+    lo, hi = (0, codes) if window is None else _window(window)
     if not 0 <= lo < hi <= codes:
         raise ValueError(f"nearest_code: window: wanted 0 <= lo < hi <= {codes}, got ({lo}, {hi})")
-    if not 1 <= topk <= hi - lo:
+    if not 1 <= _check.integer("nearest_code", "topk", topk) <= hi - lo:
         raise ValueError(f"nearest_code: topk: wanted 1 to {hi - lo} codes of the window, got {topk}")
     if not use_native("nearest_code", backend, x.device):
+        _check.warn_about_rows("nearest_code", rows)
         return reference.nearest_code(x, codebook, metric=metric, topk=topk, window=window, return_scores=return_scores)
     indices, scores = torch.ops.tokenflow_ext.nearest_code(
         rows.detach(), table.detach().to(real(x, codebook)), [table.shape[2]], [1.0], metric, topk, lo, hi, return_scores
     )
     shape = x.shape[:-1] + ((topk,) if topk > 1 else ())
     return (indices.reshape(shape), scores.reshape(shape)) if return_scores else indices.reshape(shape)
+
+
+def _window(window) -> tuple[int, int]:
+    if isinstance(window, (str, torch.Tensor)) or not isinstance(window, Sequence):
+        raise TypeError(f"nearest_code: window: wanted a pair (lo, hi), got {type(window).__name__}")
+    if len(window) != 2:
+        raise ValueError(f"nearest_code: window: wanted a pair (lo, hi), got {len(window)} numbers")
+    return _check.integer("nearest_code", "window[0]", window[0]), _check.integer("nearest_code", "window[1]", window[1])
 
 
 def shared_nearest_code(xs, codebooks, *, metric: str = "cosine", weights=None, backend: str = "auto") -> torch.Tensor:
@@ -132,6 +143,7 @@ def shared_nearest_code(xs, codebooks, *, metric: str = "cosine", weights=None, 
     widths, weights = _check.shared_tables(op, xs, codebooks, weights)
     _check.metric(op, metric)
     if not use_native(op, backend, xs[0].device):
+        _check.warn_about_rows(op, *xs)
         return reference.shared_nearest_code(xs, codebooks, metric=metric, weights=weights)
     x, codebook = concatenate([x.detach() for x in xs], [c.detach() for c in codebooks])
     codes = codebook.shape[1]

@@ -80,7 +80,7 @@ def code_statistics(x: torch.Tensor, indices: torch.Tensor, codes: int | tuple[i
     _check.ids(op, "indices", indices)
     _check.same_device(op, x=x, indices=indices)
     grouped = isinstance(codes, (tuple, list))
-    groups, size = codes if grouped else (1, codes)
+    groups, size = (_check.integer(op, "codes", c) for c in (codes if grouped else (1, codes)))
     if groups < 1 or size < 1:
         raise ValueError(f"{op}: codes: wanted K >= 1 or (G, K) with both >= 1, got {codes}")
     if x.dim() < 1 or indices.shape != x.shape[:-1]:
@@ -88,6 +88,8 @@ def code_statistics(x: torch.Tensor, indices: torch.Tensor, codes: int | tuple[i
     if grouped and (x.dim() < 2 or x.shape[-2] != groups):
         raise ValueError(f"{op}: x: wanted [..., {groups}, D] for codes {tuple(codes)}, got {list(x.shape)}")
     if not use_native(op, backend, x.device):
+        _check.ids_in_range(op, indices, size)
+        _check.warn_about_rows(op, x)
         return reference.code_statistics(x.detach(), indices, codes)
     rows = _check.count(indices.shape) // groups
     counts, sums = torch.ops.tokenflow_ext.code_statistics(
@@ -143,7 +145,7 @@ def ema_update_(
     op = "ema_update_"
     _check.table(op, "codebook", codebook)
     _check.metric(op, metric)
-    if not 0 <= decay <= 1:
+    if not 0 <= _check.number(op, "decay", decay) <= 1:
         raise ValueError(f"{op}: decay: wanted a number in [0, 1], got {decay}")
     _check.non_negative(op, "eps", eps)
     wanted = {"ema_counts": codebook.shape[:-1], "ema_sums": codebook.shape, "counts": codebook.shape[:-1], "sums": codebook.shape}

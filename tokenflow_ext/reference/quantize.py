@@ -29,7 +29,8 @@ def scores(y: torch.Tensor, codes: torch.Tensor, widths: Sequence[int], weights:
     scale = torch.cat([y.new_full((w,), weight) for w, weight in zip(widths, weights)])
     start = 0.5 * (scale * codes.square()).sum(-1) if l2 else 0.0
     result = start - (scale * y) @ codes.T
-    return result.masked_fill(result.isnan(), torch.inf)
+    # A code that scores NaN loses even against one that overflows.
+    return result.nan_to_num(nan=torch.inf, posinf=torch.finfo(result.dtype).max, neginf=-torch.inf)
 
 
 def search(x: torch.Tensor, codebook: torch.Tensor, widths, weights, metric: str) -> torch.Tensor:
