@@ -94,13 +94,28 @@ def count(sizes: Sequence[int]) -> int:
     return product
 
 
+def sequence(op: str, name: str, value) -> None:
+    """A list or tuple of 1 to 16 tensors, one a table."""
+    if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Sequence):
+        raise TypeError(f"{op}: {name}: wanted a sequence of tensors, one a table, got {type(value).__name__}")
+    if not 1 <= len(value) <= 16:
+        raise ValueError(f"{op}: {name}: wanted 1 to 16 tables, got {len(value)}")
+
+
+def same_codes(op: str, codebooks, t: int) -> None:
+    """Table t holds as many codes as table 0."""
+    if codebooks[t].shape[0] != codebooks[0].shape[0]:
+        raise ValueError(
+            f"{op}: codebooks[{t}]: wanted {codebooks[0].shape[0]} codes as in codebooks[0], got {codebooks[t].shape[0]}"
+        )
+
+
 def shared_tables(op: str, xs, codebooks, weights) -> tuple[list[int], list[float]]:
     """Widths and weights of T tables that share an index, after every check."""
-    for name, value in (("xs", xs), ("codebooks", codebooks)):
-        if isinstance(value, torch.Tensor) or not isinstance(value, Sequence):
-            raise TypeError(f"{op}: {name}: wanted a sequence of tensors, one a table, got {type(value).__name__}")
-    if not 1 <= len(codebooks) <= 16 or len(xs) != len(codebooks):
-        raise ValueError(f"{op}: xs: wanted as many as codebooks, 1 to 16, got {len(xs)} for {len(codebooks)}")
+    sequence(op, "xs", xs)
+    sequence(op, "codebooks", codebooks)
+    if len(xs) != len(codebooks):
+        raise ValueError(f"{op}: xs: wanted as many as codebooks, {len(codebooks)}, got {len(xs)}")
     for t, (x, codebook) in enumerate(zip(xs, codebooks)):
         floating(op, f"xs[{t}]", x)
         table(op, f"codebooks[{t}]", codebook, grouped=False)
@@ -109,10 +124,7 @@ def shared_tables(op: str, xs, codebooks, weights) -> tuple[list[int], list[floa
             raise TypeError(f"{op}: xs[{t}]: wanted the type of xs[0], {xs[0].dtype}, got {x.dtype}")
         if x.dim() < 1 or x.shape[-1] != codebook.shape[1] or x.shape[:-1] != xs[0].shape[:-1]:
             raise ValueError(f"{op}: xs[{t}]: wanted {[*xs[0].shape[:-1], codebook.shape[1]]}, got {list(x.shape)}")
-        if codebook.shape[0] != codebooks[0].shape[0]:
-            raise ValueError(
-                f"{op}: codebooks[{t}]: wanted {codebooks[0].shape[0]} codes as in codebooks[0], got {codebook.shape[0]}"
-            )
+        same_codes(op, codebooks, t)
     return [c.shape[1] for c in codebooks], table_weights(op, weights, len(codebooks))
 
 

@@ -75,8 +75,12 @@ def lookup(indices: torch.Tensor, codebook: torch.Tensor, *, backend: str = "aut
     groups = codebook.shape[0] if codebook.dim() == 3 else 1
     if codebook.dim() == 3 and (indices.dim() < 1 or indices.shape[-1] != groups):
         raise ValueError(f"lookup: indices: wanted [..., {groups}] for a codebook {list(codebook.shape)}, got {list(indices.shape)}")
-    if not use_native("lookup", backend, indices.device):
-        _check.ids_in_range("lookup", indices, codebook.shape[-2])
+    return _gather("lookup", indices, codebook, groups, backend)
+
+
+def _gather(op: str, indices: torch.Tensor, codebook: torch.Tensor, groups: int, backend: str) -> torch.Tensor:
+    if not use_native(op, backend, indices.device):
+        _check.ids_in_range(op, indices, codebook.shape[-2])
         return reference.lookup(indices, codebook)
     flat = indices.reshape(_check.count(indices.shape) // groups, groups)
     rows = torch.ops.tokenflow_ext.lookup(flat, codebook.reshape(groups, -1, codebook.shape[-1]))
@@ -101,12 +105,11 @@ def shared_lookup(indices: torch.Tensor, codebooks, *, backend: str = "auto") ->
         >>> shared_lookup(torch.tensor([1]), (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])))
         (tensor([[2.]]), tensor([[4.]]))
     """
-    if isinstance(codebooks, torch.Tensor):
-        raise TypeError("shared_lookup: codebooks: wanted a sequence of tensors, one a table, got Tensor")
+    op = "shared_lookup"
+    _check.ids(op, "indices", indices)
+    _check.sequence(op, "codebooks", codebooks)
     for t, codebook in enumerate(codebooks):
-        _check.table("shared_lookup", f"codebooks[{t}]", codebook, grouped=False)
-        if codebook.shape[0] != codebooks[0].shape[0]:
-            raise ValueError(
-                f"shared_lookup: codebooks[{t}]: wanted {codebooks[0].shape[0]} codes as in codebooks[0], got {codebook.shape[0]}"
-            )
-    return tuple(lookup(indices, codebook, backend=backend) for codebook in codebooks)
+        _check.table(op, f"codebooks[{t}]", codebook, grouped=False)
+        _check.same_device(op, **{"indices": indices, f"codebooks[{t}]": codebook})
+        _check.same_codes(op, codebooks, t)
+    return tuple(_gather(op, indices, codebook, 1, backend) for codebook in codebooks)

@@ -26,8 +26,9 @@ def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_
         view(code_rows), view(code_norms), view(status), threads(),
     )  # fmt: skip
     warn_non_finite("quantize", status)
-    empty = codebook.new_empty(0)
-    return quantized, indices, loss, empty if code_rows is None else code_rows, empty if code_norms is None else code_norms
+    # Each output needs storage of its own, empty ones too.
+    code_rows, code_norms = (codebook.new_empty(0) if t is None else t for t in (code_rows, code_norms))
+    return quantized, indices, loss, code_rows, code_norms
 
 
 def _quantize_fake(x, codebook, widths, weights, metric, commitment_weight, codebook_weight):
