@@ -1,0 +1,106 @@
+"""Every instruction set gives the same bits: ids, scores, values, losses and gradients, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenflow_ext
+
+SETS = ("baseline", "avx2", "avx512")
+
+# Prints one hash a result, of all its bits; small, since the baseline has no vector unit for fused multiply-adds.
+SCRIPT = """
+import hashlib, sys, warnings
+import torch
+from tokenflow_ext import build_info, ops
+warnings.simplefilter("ignore")
+print(build_info()["instruction_set"])
+
+def normal(*shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+def show(name, *tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    print(name, digest.hexdigest())
+
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for metric in ("cosine", "l2", "dot"):
+        x, codebook = normal(67, 2, 9, seed=1, dtype=dtype), normal(2, 171, 9, seed=2)
+        x[5, 0, 3] = float("nan")
+        show(f"nearest_code {dtype} {metric}", *ops.nearest_code(x, codebook, metric=metric, return_scores=True))
+        show(f"topk {dtype} {metric}", *ops.nearest_code(x, codebook, metric=metric, topk=9, window=(3, 170), return_scores=True))
+        x.requires_grad_(), codebook.requires_grad_()
+        out = ops.quantize(x, codebook, metric=metric)
+        show(f"quantize {dtype} {metric}", *out)
+        upstream = normal(67, 2, 9, seed=3, dtype=dtype)
+        show(f"its gradients {dtype} {metric}", *torch.autograd.grad((out.quantized, out.loss), (x, codebook), (upstream, out.loss * 2)))
+    xs = [normal(70, w, seed=4 + w, dtype=dtype).requires_grad_() for w in (6, 3)]
+    tables = [normal(99, w, seed=8 + w).requires_grad_() for w in (6, 3)]
+    out = ops.shared_quantize(xs, tables, weights=(1, 0.3))
+    show(f"shared_quantize {dtype}", *out.quantized, out.indices, out.loss, *torch.autograd.grad(out.loss, xs + tables))
+    features = normal(2, 9, 5, 4, seed=5, dtype=dtype).requires_grad_()
+    out = ops.multiscale_quantize(features, tables, scales=((1, 1), (2, 3), (5, 4)), weights=(1, 0.3))
+    upstream = normal(2, 9, 5, 4, seed=6, dtype=dtype)
+    show(f"multiscale_quantize {dtype}", *out)
+    show(f"its gradients {dtype}", *torch.autograd.grad((out.quantized, out.loss), [features] + tables, (upstream, out.loss * 2)))
+    codes = [t.detach().to(dtype) for t in tables]
+    show(f"multiscale_decode {dtype}", ops.multiscale_decode(out.indices, codes, scales=((1, 1), (2, 3), (5, 4)), size=(5, 4)))
+    rows, ids = normal(300, 9, seed=7, dtype=dtype), torch.arange(300) % 7
+    counts, sums = ops.code_statistics(rows, ids, 9)
+    state = normal(9, 9, seed=9, dtype=sums.dtype), torch.ones(9, dtype=sums.dtype), normal(9, 9, seed=9, dtype=sums.dtype)
+    ops.ema_update_(*state, counts, sums, decay=0.9)
+    show(f"ema {dtype}", counts, sums, *state)
+    show(f"normalize_rows {dtype}", ops.normalize_rows(rows))
+"""
+
+
+def run(isa: str) -> subprocess.CompletedProcess:
+    """SCRIPT under TOKENFLOW_ISA=isa, with the package that this process imported."""
+    path = os.pathsep.join([str(Path(tokenflow_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TOKENFLOW_ISA": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
+    return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200)
+
+
+def available() -> list[str]:
+    """The instruction sets that were built and that this processor has: all up to the one that runs unforced."""
+    built = tokenflow_ext.build_info()["instruction_sets"]
+    best = run("").stdout.split("\n")[0]
+    return built[: built.index(best) + 1]
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    results = {}
+    for isa in available():
+        done = run(isa)
+        assert done.returncode == 0, done.stderr
+        name, *lines = done.stdout.strip().split("\n")
+        assert name == isa
+        results[isa] = dict(line.rsplit(" ", 1) for line in lines)
+    print(f"instruction sets compared: {', '.join(results)}")
+    assert {len(digests) for digests in results.values()} == {4 * 18}
+    for isa, digests in results.items():
+        differ = [name for name in digests if digests[name] != results["baseline"][name]]
+        assert not differ, f"{isa} differs from baseline in {differ}"
+
+
+@pytest.mark.parametrize("wrong", ["sse", "AVX2"])
+def test_an_unknown_instruction_set_is_a_sentence(wrong):
+    """TOKENFLOW_ISA is read when the core is loaded: import goes on without it, and native says why it is missing."""
+    path = str(Path(tokenflow_ext.__file__).parents[1])
+    script = "import torch, tokenflow_ext as t; t.ops.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), backend='native')"
+    environment = {**os.environ, "TOKENFLOW_ISA": wrong, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "TOKENFLOW_ISA: wanted baseline, avx2 or avx512, got" in done.stderr.strip().split("\n")[-1], done.stderr
+
+
+def test_the_running_set_is_reported():
+    info = tokenflow_ext.build_info()
+    assert info["instruction_set"] in info["instruction_sets"] and set(info["instruction_sets"]) <= set(SETS)
+    assert info["instruction_sets"][0] == "baseline" and info["threads"] == torch.get_num_threads()
