@@ -27,6 +27,7 @@ class Codebook(nn.Module):
     (float64) when the model around them becomes half precision, so that its tokens stay those of float32.
 
     Args:
+        owner: name of the module for the sentences.
         widths: D_t of the T tables.
         codes: K.
         groups: G; T must be 1 where G > 1.
@@ -37,17 +38,17 @@ class Codebook(nn.Module):
         dead_code_threshold: a code whose moving average of rows a batch falls below takes a random row of the batch.
     """
 
-    def __init__(self, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
+    def __init__(self, owner, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
         super().__init__()
         if update not in UPDATES:
-            raise ValueError(f"Codebook: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
-        ops._check.metric("Codebook", metric)
+            raise ValueError(f"{owner}: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
+        ops._check.metric(owner, metric)
         for name, value in (("codebook_size", codes), ("groups", groups), *((f"dims[{t}]", w) for t, w in enumerate(widths))):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Codebook: {name}: wanted an integer >= 1, got {value!r}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"Codebook: decay: wanted a number in [0, 1], got {decay}")
-        ops._check.non_negative("Codebook", "dead_code_threshold", dead_code_threshold)
+                raise ValueError(f"{owner}: {name}: wanted an integer >= 1, got {value!r}")
+        if not 0 <= ops._check.number(owner, "decay", decay) <= 1:
+            raise ValueError(f"{owner}: decay: wanted a number in [0, 1], got {decay}")
+        ops._check.non_negative(owner, "dead_code_threshold", dead_code_threshold)
         self.widths, self.codes, self.groups, self.metric = list(widths), codes, groups, metric
         self.update, self.decay, self.dead_code_threshold = update, decay, dead_code_threshold
         for t, width in enumerate(self.widths):

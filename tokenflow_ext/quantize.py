@@ -25,15 +25,17 @@ class _Quantizer(nn.Module):
         name = type(self).__name__
         if backend not in BACKENDS:
             raise ValueError(f"{name}: backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
-        if not entropy_temperature > 0:
+        if not ops._check.number(name, "entropy_temperature", entropy_temperature) > 0:
             raise ValueError(f"{name}: entropy_temperature: wanted a number > 0, got {entropy_temperature}")
         self.weights = ops._check.table_weights(name, weights, len(widths))
-        self.metric, self.channel_dim, self.backend = metric, channel_dim, backend
+        self.metric, self.backend = metric, backend
+        self.channel_dim = ops._check.integer(name, "channel_dim", channel_dim)
         self.commitment_weight = ops._check.non_negative(name, "commitment_weight", commitment_weight)
         self.codebook_weight = ops._check.non_negative(name, "codebook_weight", codebook_weight) if update == "gradient" else 0.0
         self.entropy_weight = ops._check.non_negative(name, "entropy_weight", entropy_weight)
-        self.entropy_temperature, self.entropy_eps = entropy_temperature, entropy_eps
-        self.codebook = Codebook(widths, codebook_size, groups, metric, update, decay, kmeans_init, dead_code_threshold)
+        self.entropy_temperature = entropy_temperature
+        self.entropy_eps = ops._check.non_negative(name, "entropy_eps", entropy_eps)
+        self.codebook = Codebook(name, widths, codebook_size, groups, metric, update, decay, kmeans_init, dead_code_threshold)
 
     @property
     def dim(self) -> int:
@@ -48,6 +50,11 @@ class _Quantizer(nn.Module):
         x = x.movedim(self.channel_dim, -1)
         groups = self.codebook.groups
         return x.reshape(*x.shape[:-1], groups, self.dim // groups) if groups > 1 else x
+
+    def _flat(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, G, C] of rows [..., C] or [..., G, D]; sizes said in full because -1 is no size of an empty batch."""
+        groups = self.codebook.groups
+        return rows.reshape(rows.numel() // self.dim, groups, self.dim // groups)
 
     def _restore(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.flatten(-2) if self.codebook.groups > 1 else rows
@@ -66,7 +73,7 @@ class _Quantizer(nn.Module):
             ValueError, TypeError: wrong width or type.
         """
         rows = self._rows(x)
-        grouped = rows.reshape(ops._check.count(x.shape) // self.dim, self.codebook.groups, -1)
+        grouped = self._flat(rows)
         self.codebook.initialise(grouped, self.weights, self.backend)
         options = {
             "metric": self.metric,
@@ -92,6 +99,8 @@ class _Quantizer(nn.Module):
         if self.entropy_weight == 0:
             return loss
         tables = self.codebook.tables()
+        if self.codebook.wants_rows():  # the tables move before backward reads them
+            tables = [table.clone() for table in tables]
         for part in rows:
             x = part if self.codebook.groups > 1 else part[:, 0].split(self.codebook.widths, dim=-1)
             first, second = entropy_loss(
@@ -105,7 +114,7 @@ class _Quantizer(nn.Module):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Ids of x, as in `forward`, without changing any state."""
         rows = self._rows(x)
-        grouped = rows.reshape(ops._check.count(x.shape) // self.dim, self.codebook.groups, -1)
+        grouped = self._flat(rows)
         ids = self.codebook.search(grouped, self.weights, self.backend)
         return ids.reshape(rows.shape[:-1])
 

@@ -80,6 +80,8 @@ def code_statistics(x: torch.Tensor, indices: torch.Tensor, codes: int | tuple[i
     _check.ids(op, "indices", indices)
     _check.same_device(op, x=x, indices=indices)
     grouped = isinstance(codes, (tuple, list))
+    if grouped and len(codes) != 2:
+        raise ValueError(f"{op}: codes: wanted K or (G, K), got {len(codes)} numbers")
     groups, size = (_check.integer(op, "codes", c) for c in (codes if grouped else (1, codes)))
     if groups < 1 or size < 1:
         raise ValueError(f"{op}: codes: wanted K >= 1 or (G, K) with both >= 1, got {codes}")

@@ -2,9 +2,11 @@
 
 import torch
 
+from tokenflow_ext.reference._exact import exact
 from tokenflow_ext.reference.quantize import concatenate, real_type, scores, searched
 
 
+@exact
 def entropy_loss(x, codebook, *, metric, temperature, weights=None, eps=1e-5):
     """(mean_n H(p_n), -sum_k pbar_k log(pbar_k + eps)) in nats, p = softmax(-distance / temperature), pbar = mean_n p_n.
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenflow_ext._types import Quantized
+from tokenflow_ext.reference._exact import exact
 from tokenflow_ext.reference.quantize import real_type, search, searched
 from tokenflow_ext.reference.resample import resample
 
@@ -90,6 +91,7 @@ def _straight_through(value: Tensor, source: Tensor) -> Tensor:
     return torch.where(value.detach().isnan(), torch.nan, passed)
 
 
+@exact
 def multiscale_quantize(
     features: Tensor,
     codebooks: Sequence[Tensor],
@@ -132,6 +134,7 @@ def multiscale_quantize(
     return Quantized(quantized.movedim(-1, 1).to(features.dtype), torch.cat(indices, dim=1), loss / len(scales))
 
 
+@exact
 def multiscale_rows(
     features: Tensor,
     indices: Tensor,
@@ -176,6 +179,7 @@ def _running_maps(
     return maps
 
 
+@exact
 def multiscale_decode(
     indices: Tensor,
     codebooks: Sequence[Tensor],
@@ -208,6 +212,7 @@ def _chain_states(
     return inputs, states
 
 
+@exact
 def multiscale_inputs(
     indices: Tensor,
     codebooks: Sequence[Tensor],

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from tokenflow_ext._types import Quantized
+from tokenflow_ext.reference._exact import exact
 
 
 def real_type(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+@exact
 def normalize_rows(x: torch.Tensor) -> torch.Tensor:
     """y = x / max(|x|, 1e-12) over the last axis, computed in float32 (float64)."""
     wide = x.to(real_type(x))
@@ -40,6 +42,7 @@ def search(x: torch.Tensor, codebook: torch.Tensor, widths, weights, metric: str
     return torch.where(x.isfinite().all(-1), torch.stack(found, dim=1), 0)
 
 
+@exact
 def nearest_code(x, codebook, *, metric="l2", topk=1, window=None, return_scores=False):
     """Twin of `tokenflow_ext.ops.nearest_code`."""
     grouped = codebook.dim() == 3
@@ -61,6 +64,7 @@ def nearest_code(x, codebook, *, metric="l2", topk=1, window=None, return_scores
     return (indices, best_scores) if return_scores else indices
 
 
+@exact
 def shared_nearest_code(xs, codebooks, *, metric="cosine", weights=None):
     """Twin of `tokenflow_ext.ops.shared_nearest_code`."""
     x, codebook, widths, weights = concatenate(xs, codebooks, weights)
@@ -104,6 +108,7 @@ def quantize_rows(x, codebook, widths, weights, metric, commitment_weight, codeb
     return Quantized(quantized, indices, loss)
 
 
+@exact
 def quantize(x, codebook, *, metric="cosine", commitment_weight=0.25, codebook_weight=1.0) -> Quantized:
     """Twin of `tokenflow_ext.ops.quantize`."""
     dtype = real_type(x, codebook)
@@ -114,6 +119,7 @@ def quantize(x, codebook, *, metric="cosine", commitment_weight=0.25, codebook_w
     return Quantized(out.quantized.reshape(x.shape).to(x.dtype), out.indices.reshape(x.shape[:-1]), out.loss)
 
 
+@exact
 def shared_quantize(xs, codebooks, *, metric="cosine", weights=None, commitment_weight=0.25, codebook_weight=1.0) -> Quantized:
     """Twin of `tokenflow_ext.ops.shared_quantize`."""
     x, codebook, widths, weights = concatenate(xs, codebooks, weights)
@@ -123,6 +129,7 @@ def shared_quantize(xs, codebooks, *, metric="cosine", weights=None, commitment_
     return Quantized(quantized, out.indices.reshape(xs[0].shape[:-1]), out.loss)
 
 
+@exact
 def code_statistics(x, indices, codes):
     """Twin of `tokenflow_ext.ops.code_statistics`."""
     grouped = not isinstance(codes, int)
