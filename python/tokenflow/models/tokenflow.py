@@ -126,12 +126,17 @@ class TokenFlow(nn.Module):
             ValueError: another shape.
         """
         self._check_images(images)
+        if len(images) == 0:
+            return images.new_zeros(0, self.config.semantic_dim + self.config.pixel_dim, self.config.scales[-1], self.config.scales[-1])
         images = images.contiguous(memory_format=torch.channels_last)
         return torch.cat([self.semantic_encoder(images), self.pixel_encoder(images)], 1)
 
     def decode_features(self, features: Tensor) -> Tensor:
         """Images [B, 3, 64, 64] from accumulated features [B, 32, 16, 16]; only the pixel half is read."""
-        return self.pixel_decoder(self._halves(features)[1].contiguous(memory_format=torch.channels_last))
+        pixel = self._halves(features)[1]
+        if len(pixel) == 0:
+            return pixel.new_zeros(0, 3, self.config.image_size, self.config.image_size)
+        return self.pixel_decoder(pixel.contiguous(memory_format=torch.channels_last))
 
     def decode_semantic(self, features: Tensor) -> Tensor:
         """What the teacher would say, [B, teacher_dim, 8, 8], from accumulated features [B, 32, 16, 16]."""

@@ -1,0 +1,153 @@
+"""Reading pictures: folders, captions, the emoji tarballs, the split, and what is said when something is missing."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from tokenflow.data import Pictures, emoji, fluent_emoji, image_folder
+from tokenflow.data.folder import caption_of
+from tokenflow.data.pictures import hide_pairs, read_picture, split_by_base
+from tokenflow.errors import Missing
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
+
+
+def encoded(colour, size=(40, 40), form="PNG", alpha=255):
+    buffer = io.BytesIO()
+    Image.new("RGBA", size, (*colour, alpha)).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+def make_folder(path, count=36):
+    path.mkdir()
+    for i in range(count):
+        name, colour = list(COLOURS.items())[i % 3]
+        (path / f"{name}_square-{i:02d}.png").write_bytes(encoded(colour))
+    return path
+
+
+def test_read_picture_composites_on_white_and_cuts_the_centre_square():
+    clear = read_picture(encoded((0, 0, 0), alpha=0))
+    assert clear.shape == (3, 64, 64) and clear.dtype == torch.uint8 and (clear == 255).all()
+    wide = Image.new("RGB", (120, 40), "white")
+    wide.paste((255, 0, 0), (0, 0, 40, 40))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    assert (read_picture(buffer.getvalue(), 20) == 255).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", encoded((1, 2, 3))[:60], b"GIF89a\x00"])
+def test_a_broken_picture_is_an_os_error(content):
+    with pytest.raises(OSError):
+        read_picture(content)
+
+
+def test_folder_captions_from_names_and_broken_pictures_named(tmp_path):
+    folder = make_folder(tmp_path / "in")
+    (folder / "broken.png").write_bytes(b"nothing")
+    (folder / "cut.jpg").write_bytes(encoded((5, 5, 5))[:70])
+    pictures = image_folder(folder)
+    assert len(pictures) == 36 and set(pictures.captions) == {"red square", "green square", "blue square"}
+    assert [s.split(":")[0] for s in pictures.skipped] == ["broken.png", "cut.jpg"]
+    assert pictures.images.shape == (36, 3, 64, 64)
+    row = pictures.captions.index("red square")
+    assert pictures.images[row, :, 5, 5].tolist() == list(COLOURS["red"])
+
+
+def test_folder_captions_from_csv_and_groups_from_sub_folders(tmp_path):
+    folder = make_folder(tmp_path / "in")
+    (folder / "shapes").mkdir()
+    (folder / "shapes" / "x.png").write_bytes(encoded((9, 9, 9)))
+    (folder / "captions.csv").write_text("file,caption\nshapes/x.png,a grey thing\nred_square-00.png,first\n")
+    pictures = image_folder(folder)
+    assert {"a grey thing", "first"} <= set(pictures.captions)
+    assert pictures.groups[pictures.captions.index("a grey thing")] == "shapes"
+
+
+@pytest.mark.parametrize(("make", "kind", "words"), [
+    (lambda p: p / "absent", FileNotFoundError, "does not exist"),
+    (lambda p: (p / "file.txt").write_text("x") and p / "file.txt", ValueError, "got the file"),
+    (lambda p: make_folder(p / "few", 3), ValueError, "at least 32 readable pictures, got 3"),
+    (lambda p: (make_folder(p / "csv") / "captions.csv").write_text("name,text\n") and p / "csv", ValueError, "columns file and caption, got name, text"),
+])  # fmt: skip
+def test_a_bad_folder_is_one_sentence(tmp_path, make, kind, words):
+    with pytest.raises(kind, match=words) as caught:
+        image_folder(make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_caption_of_a_file_name():
+    assert caption_of("red_apple-03") == "red apple" and caption_of("007") == "007"
+
+
+def test_split_keeps_bases_together_and_every_group_in_both():
+    bases = [f"base {i // 3}" for i in range(300)]
+    groups = ["a" if i < 200 else "b" for i in range(300)]
+    split = split_by_base(bases, groups)
+    assert split == split_by_base(bases, groups)
+    train, test = ({b for b, s in zip(bases, split, strict=True) if s == name} for name in ("train", "test"))
+    assert not train & test and 0.05 < len(test) / 100 < 0.2
+    assert {g for g, s in zip(groups, split, strict=True) if s == "test"} == {"a", "b"}
+
+
+def test_hidden_pairs_leave_base_and_tone_in_training():
+    tones = ["", "light", "medium", "dark"]
+    bases, kinds = zip(*[(f"base {i}", t) for i in range(30) for t in tones], strict=True)
+    split = hide_pairs(bases, kinds, ["train"] * 120, 9)
+    hidden = [(b, t) for b, t, s in zip(bases, kinds, split, strict=True) if s == "pair"]
+    assert len(hidden) == 9 and len({b for b, _ in hidden}) == 9 and "" not in {t for _, t in hidden}
+    assert {t: sum(k == t for _, k in hidden) for t in tones[1:]} == {"light": 3, "medium": 3, "dark": 3}
+
+
+def test_pictures_select_take_and_float():
+    images = torch.arange(3 * 3 * 64 * 64).view(3, 3, 64, 64).remainder(256).byte()
+    pictures = Pictures(images, ["a", "b", "c"], ["a", "b", "c"], [""] * 3, ["g"] * 3, ["train", "test", "pair"])
+    assert pictures.select("train", "pair").captions == ["a", "c"] and pictures.rows("test").tolist() == [1]
+    floats = pictures.float_images([2])
+    assert floats.shape == (1, 3, 64, 64) and floats.min() >= -1 and floats.max() <= 1
+    assert pictures.fingerprint() != pictures.take([0, 1]).fingerprint() == pictures.take([0, 1]).fingerprint()
+
+
+def put(path, files):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_emoji_from_tarballs(tmp_path):
+    webp = lambda colour: encoded(colour, (256, 256), "WEBP")  # noqa: E731
+    table = {"\u2764\ufe0f": {"name": "red heart", "group": "Smileys"}, "\U0001f44b": {"name": "waving hand", "group": "People"},
+             "#\ufe0f\u20e3": {"name": "keycap #", "group": "Symbols"}}  # fmt: skip
+    put(tmp_path / "lobehub-fluent-emoji-3d-1.1.0.tgz", {
+        "assets/2764-fe0f.webp": webp((200, 0, 0)), "assets/1f44b.webp": webp((250, 200, 0)), "assets/1f44b-1f3ff.webp": webp((90, 60, 30)),
+        "assets/0023-fe0f-20e3.webp": webp((0, 0, 200)), "assets/23-fe0f-20e3.webp": webp((0, 200, 0)),
+        "assets/1f9ff.webp": webp((1, 1, 1)), "assets/1f44b-1f3fb.webp": b"broken", "README.md": b"x"})  # fmt: skip
+    put(tmp_path / "unicode-emoji-json-0.9.0.tgz", {"data-by-emoji.json": json.dumps(table).encode()})
+    pictures = fluent_emoji(tmp_path)
+    assert pictures.captions == ["red heart", "waving hand", "waving hand, dark skin tone", "keycap #"]
+    assert pictures.tones == ["", "", "dark", ""] and pictures.bases[2] == "waving hand"
+    assert pictures.images[3, :, 30, 30].tolist() == [0, 0, 200]
+    assert [s.split(":")[0] for s in pictures.skipped] == ["1f9ff.webp", "1f44b-1f3fb.webp"]
+
+
+def test_without_npm_one_sentence_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Missing, match=r"npm is not on the PATH.*tokenflow demo --data DIR") as caught:
+        fluent_emoji(tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_npm_is_one_sentence(tmp_path, monkeypatch):
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho 'first line' >&2\necho 'no such host' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: str(npm))
+    with pytest.raises(Missing, match=r"could not fetch .*\(no such host\)") as caught:
+        fluent_emoji(tmp_path / "cache")
+    assert "\n" not in str(caught.value)
