@@ -167,7 +167,7 @@ SHARED_BAD = {
     "rank": ("codebooks[0]", ValueError, {"codebooks": (CODES[None], CODES)}),
     "int32": ("indices", TypeError, {"indices": IDS.int()}),
     "outside": ("indices", ValueError, {"indices": IDS + 1}),
-    "device": ("indices", ValueError, {"indices": IDS.to("meta")}),
+    "device": ("codebooks[0]", ValueError, {"indices": IDS.to("meta")}),
     "backend": ("backend", ValueError, {"backend": "x"}),
 }
 

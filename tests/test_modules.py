@@ -411,6 +411,6 @@ def test_bad_shapes():
         for error, x in ((ValueError, torch.zeros(3, 11)), (ValueError, torch.zeros(())), (TypeError, torch.zeros(3, 12).long()), (TypeError, None)):
             assert_sentence(error, name, "x", build(kind), x)
             assert_sentence(error, name, "x", build(kind).encode, x)
-        assert_sentence(TypeError, name, "indices", build(kind).decode, torch.zeros(3))
-        assert_sentence(ValueError, name, "indices", build(kind).decode, torch.full((3,), 40))
-    assert_sentence(ValueError, "VectorQuantizer", "indices", build("groups").decode, torch.zeros(3, 2, dtype=torch.int64))
+        assert_sentence(TypeError, "lookup", "indices", build(kind).decode, torch.zeros(3))
+        assert_sentence(ValueError, "lookup", "indices", build(kind).decode, torch.full((3,), 40))
+    assert_sentence(ValueError, "lookup", "indices", build("groups").decode, torch.zeros(3, 2, dtype=torch.int64))
