@@ -138,7 +138,7 @@ def table_weights(op: str, weights, tables: int) -> list[float]:
         raise TypeError(f"{op}: weights: wanted a sequence of numbers, one a table, got {type(weights).__name__}")
     if len(weights) != tables:
         raise ValueError(f"{op}: weights: wanted one a table, {tables}, got {len(weights)}")
-    return [non_negative(op, f"weights[{t}]", w) for t, w in enumerate(weights)]
+    return [non_negative(op, "weights", w) for w in weights]
 
 
 def warn_about_rows(op: str, *xs: torch.Tensor) -> None:
