@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenflow.data.pictures import read_picture
+from tokenflow.data.pictures import read_picture, skipped_sentence
 from tokenflow.evaluation.reconstruction import psnr
 from tokenflow.models.tokenflow import TokenFlow
 from tokenflow.report.pixels import pil_image
@@ -41,7 +41,7 @@ def read_all(paths: Sequence[Path], size: int) -> list[tuple[Path, Tensor]]:
         except OSError as error:
             broken.append(f"{path}: {str(error).splitlines()[0]}")
     if broken:
-        print(f"{len(broken)} pictures were skipped: " + "; ".join(broken), file=sys.stderr)
+        print(skipped_sentence(broken), file=sys.stderr)
     if not read:
         raise ValueError("pictures: wanted at least one readable image, got none")
     return read

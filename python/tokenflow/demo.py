@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.data import Pictures, fluent_emoji, image_folder
+from tokenflow.data.pictures import skipped_sentence
 from tokenflow.evaluation.tokenizer import evaluate, tokens_of
 from tokenflow.generator.figures import figures
 from tokenflow.generator.model import Generator
@@ -131,7 +132,7 @@ def run_demo(plan: Plan) -> Path:
     page = write_page(results)
     write_numbers(results)
     if pictures.skipped:
-        print(f"{len(pictures.skipped)} pictures were skipped: " + "; ".join(pictures.skipped))
+        print(skipped_sentence(pictures.skipped))
     print(f"PSNR {numbers['psnr']:.2f} dB on {len(pictures.rows('test'))} held-out pictures; open {page}")
     return page
 

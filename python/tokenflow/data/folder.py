@@ -13,6 +13,7 @@ from tokenflow.data.pictures import Pictures, read_picture, split_by_base
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FEWEST = 32
+FEWEST_CAPTIONS = 10
 CAPTION_FILE = "captions.csv"
 
 
@@ -21,7 +22,8 @@ def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
 
     A file `captions.csv` with the columns file and caption gives the texts; a picture that it does not list, or all of them
     without that file, is captioned by its file name ("red_apple-03.png" -> "red apple"). Pictures of one caption share a
-    base and are held out together. If the pictures lie in sub-folders, the first folder's name is their group.
+    base and are held out together; where there are fewer than ten captions ("IMG_0001.jpg"), every picture is its own base.
+    If the pictures lie in sub-folders, the first folder's name is their group.
 
     Args:
         path: the folder.
@@ -38,7 +40,7 @@ def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
         raise ValueError(f"image_folder: path: wanted a folder of images, got the file {path}")
     listed = read_captions(path / CAPTION_FILE)
     files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES)
-    images, captions, groups, skipped = [], [], [], []
+    images, names, captions, groups, skipped = [], [], [], [], []
     for file in tqdm(files, desc="reading pictures", unit="picture"):
         name = file.relative_to(path).as_posix()
         try:
@@ -46,13 +48,14 @@ def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
         except OSError as error:
             skipped.append(f"{name}: {str(error).splitlines()[0]}")
             continue
+        names.append(name)
         captions.append(listed.get(name) or listed.get(file.name) or caption_of(file.stem))
         groups.append(name.split("/")[0] if "/" in name else "")
     if len(images) < fewest:
         raise ValueError(f"image_folder: path: wanted at least {fewest} readable pictures, got {len(images)} in {path}"
                          + (f" ({len(skipped)} could not be read, the first: {skipped[0]})" if skipped else ""))
-    return Pictures(torch.stack(images), captions, list(captions), [""] * len(images), groups,
-                    split_by_base(captions, groups), skipped)
+    bases = list(captions) if len(set(captions)) >= FEWEST_CAPTIONS else names
+    return Pictures(torch.stack(images), captions, bases, [""] * len(images), groups, split_by_base(bases, groups), skipped)
 
 
 def read_captions(path: Path) -> dict[str, str]:

@@ -99,6 +99,16 @@ def read_picture(source: Path | bytes, size: int = SIZE) -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
+def skipped_sentence(skipped: Sequence[str], *, most: int = 20) -> str:
+    """How many pictures were left out, and which, `most` of them by name.
+
+    >>> skipped_sentence(["a.png: broken"])
+    '1 picture was skipped: a.png: broken'
+    """
+    named = "; ".join(skipped[:most]) + (f"; and {len(skipped) - most} more" if len(skipped) > most else "")
+    return f"{len(skipped)} picture{' was' if len(skipped) == 1 else 's were'} skipped: {named}"
+
+
 def stable_order(names: Sequence[str]) -> list[str]:
     """The distinct names in an order that looks random and is the same on every machine."""
     return sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -107,8 +117,8 @@ def stable_order(names: Sequence[str]) -> list[str]:
 def split_by_base(bases: Sequence[str], groups: Sequence[str], share: float = HELD_OUT) -> list[str]:
     """"train" or "test" for each picture, so that no base name is in both.
 
-    In every group the first `share` of the bases in `stable_order` is held out, so that each class of the probe has test
-    pictures. The split depends on the names alone: numbers of two runs are about the same pictures.
+    In every group the first `share` of the bases in `stable_order` is held out, and at least one where a group has two, so that
+    each class of the probe has test pictures. The split depends on the names alone: numbers of two runs are about the same pictures.
 
     Args:
         bases: base name of each picture.
@@ -121,7 +131,7 @@ def split_by_base(bases: Sequence[str], groups: Sequence[str], share: float = HE
     held_out = set()
     for names in by_group.values():
         order = stable_order(names)
-        held_out.update(order[: round(share * len(order))])
+        held_out.update(order[: max(len(order) > 1, round(share * len(order)))])
     return ["test" if base in held_out else "train" for base in bases]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokenflow.data.pictures import Pictures, stable_order
+from tokenflow.data.pictures import Pictures, skipped_sentence, stable_order
 from tokenflow.evaluation.reconstruction import code_use, psnr
 from tokenflow.evaluation.tokenizer import decode_all, prefixes, retrieval
 from tokenflow.report.charts import bar_chart, line_chart
@@ -178,5 +178,5 @@ def honesty_section(results: Results) -> str:
     if emoji:
         points.insert(1, f"{100 * people:.0f} % of the pictures are people in up to six tones, so accuracies are balanced over the classes.")
     if pictures.skipped:
-        points.append(f"{len(pictures.skipped)} pictures were skipped: " + "; ".join(pictures.skipped[:20]) + ("; …" if len(pictures.skipped) > 20 else "") + ".")
+        points.append(skipped_sentence(pictures.skipped) + ".")
     return "<section><h2>What to keep in mind</h2><ul>" + "".join(f"<li>{escape(p)}</li>" for p in points) + "</ul></section>"

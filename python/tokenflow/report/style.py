@@ -17,11 +17,10 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .tile b { display: block; font-size: 26px; letter-spacing: -0.02em; line-height: 1.2; }
 .tile span { color: var(--soft); font-size: 13px; display: block; line-height: 1.35; }
 .grid { display: grid; gap: 16px 12px; margin-top: 14px; }
-.pairs { grid-template-columns: repeat(auto-fill, minmax(156px, 1fr)); }
-.eight { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); }
+.pairs { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 figure { margin: 0; }
 figure img { width: 64px; height: 64px; display: inline-block; }
-.pairs img { width: 76px; height: 76px; border: 1px solid var(--line); border-radius: 8px; }
+.pairs img { width: 71px; height: 71px; border: 1px solid var(--line); border-radius: 8px; }
 .pairs img + img { margin-left: 4px; }
 figcaption { font-size: 12.5px; line-height: 1.3; margin-top: 4px; overflow-wrap: anywhere; }
 .strip { display: grid; grid-template-columns: repeat(6, 1fr); gap: 12px; margin-top: 14px; text-align: center; }
@@ -45,10 +44,10 @@ td.text { text-align: left; color: var(--soft); font-size: 13.5px; }
 .found img.right { border: 2px solid var(--accent); padding: 1px; }
 .found .q { font-size: 14.5px; line-height: 1.3; }
 .found .q small { color: var(--soft); display: block; }
-.made { grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); }
+.made { grid-template-columns: repeat(auto-fill, minmax(108px, 1fr)); gap: 16px 8px; }
 .made .small { display: flex; gap: 4px; margin-top: 4px; }
-.made .small img { width: 52px; height: 52px; border: 1px solid var(--line); border-radius: 6px; }
-.made img.big { width: 108px; height: 108px; border: 1px solid var(--line); border-radius: 10px; }
+.made .small img { width: 50px; height: 50px; border: 1px solid var(--line); border-radius: 6px; }
+.made img.big { width: 104px; height: 104px; border: 1px solid var(--line); border-radius: 10px; }
 .badge { display: inline-block; font-size: 11px; line-height: 1; padding: 3px 6px; border-radius: 99px; background: #eef1fc; color: var(--accent); margin-top: 4px; }
 .badge.hidden { background: #fbeee4; color: var(--warm); }
 ul { margin: 8px 0 0; padding-left: 20px; max-width: 80ch; }
