@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,9 @@ class Info:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; what the user can mend is one sentence on standard error and exit status 1."""
+    # Threads that wait for each other by spinning lose a factor of ten where another process wants the same cores. OpenMP reads
+    # this when torch is first imported, which the commands do.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     commands = {"demo": Demo, "reconstruct": Reconstruct, "encode": Encode, "generate": Generate, "info": Info}
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="tokenflow", args=arguments, description=__doc__,
                                                    config=(tyro.conf.OmitArgPrefixes,))
