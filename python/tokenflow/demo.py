@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokenflow.data import Pictures, fluent_emoji, image_folder
 from tokenflow.data.pictures import skipped_sentence
-from tokenflow.evaluation.tokenizer import evaluate, tokens_of
+from tokenflow.evaluation.tokenizer import codes_of, evaluate, tokens_of
 from tokenflow.generator.figures import figures
 from tokenflow.generator.model import Generator
 from tokenflow.generator.train import train_generator
@@ -68,7 +68,6 @@ class Results:
     model: TokenFlow
     stage: Stage
     indices: Tensor
-    f_hat: Tensor
     numbers: dict[str, Any]
     generator: Generator
     generator_stage: Stage
@@ -119,7 +118,8 @@ def run_demo(plan: Plan) -> Path:
     model.save_pretrained(plan.out / "tokenizer")
 
     key = f"{key}-{plan.seed}-{stage.step}-{stage.elapsed:.3f}"
-    indices, f_hat = timed("tokens", lambda: cached(plan.out / "tokens.pt", key, lambda: tokens_of(model, pictures)))
+    indices = timed("tokens", lambda: cached(plan.out / "tokens.pt", key, lambda: tokens_of(model, pictures)))
+    f_hat = codes_of(model, indices)
     torch.manual_seed(plan.seed)
     numbers = timed("evaluation", lambda: cached(plan.out / "evaluation.pt", key, lambda: evaluate(model, pictures, indices, f_hat, targets)))
     generator, generator_stage = timed("generator", lambda: train_generator(
@@ -127,7 +127,7 @@ def run_demo(plan: Plan) -> Path:
     generator.save_pretrained(plan.out / "generator")
     shown = timed("generator figures", lambda: figures(generator, model, pictures, indices, seed=plan.seed))
 
-    results = Results(plan, pictures, model, stage, indices, f_hat, numbers, generator, generator_stage, shown, explained,
+    results = Results(plan, pictures, model, stage, indices, numbers, generator, generator_stage, shown, explained,
                       conditions(plan, stage, generator_stage, start, times))
     page = write_page(results)
     write_numbers(results)
@@ -160,7 +160,8 @@ def processor() -> str:
 def write_numbers(results: Results) -> None:
     """numbers.json in the output folder, through a temporary name."""
     path = results.plan.out / "numbers.json"
-    values = {"conditions": results.conditions, "tokenizer": results.numbers, "generator": results.figures["numbers"],
+    numbers = {name: value for name, value in results.numbers.items() if name != "found"}
+    values = {"conditions": results.conditions, "tokenizer": numbers, "generator": results.figures["numbers"],
               "sampling": results.figures["sampling"], "skipped": results.pictures.skipped}
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(values, indent=2) + "\n")

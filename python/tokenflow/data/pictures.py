@@ -52,6 +52,14 @@ class Pictures:
         """Positions of the pictures whose split is one of `names`: int64 [n]."""
         return torch.tensor([i for i, s in enumerate(self.split) if s in names], dtype=torch.int64)
 
+    def one_per_base(self, *names: str) -> dict[str, int]:
+        """base -> row of its picture without a tone, else of its first, among the pictures of those splits."""
+        chosen: dict[str, int] = {}
+        for row in self.rows(*names).tolist():
+            if self.bases[row] not in chosen or not self.tones[row]:
+                chosen[self.bases[row]] = row
+        return chosen
+
     def take(self, rows: Tensor | Sequence[int]) -> Pictures:
         """The pictures at `rows` [n], in that order."""
         rows = [int(r) for r in rows]

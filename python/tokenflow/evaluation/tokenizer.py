@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from tokenflow.data.pictures import Pictures, stable_order
 from tokenflow.evaluation.probe import Probe, balanced_probe
@@ -21,11 +22,16 @@ TRAINED_SAMPLE = 400
 
 
 @torch.inference_mode()
-def tokens_of(model: TokenFlow, pictures: Pictures, *, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """Token ids [N, L] and accumulated codes [N, C, H, W] of all pictures, in float32 arithmetic."""
-    rows = torch.arange(len(pictures)).split(batch)
-    indices = torch.cat([model.encode(pictures.float_images(r)) for r in rows])
-    return indices, torch.cat([model.quantizer.decode(chunk) for chunk in indices.split(batch)]).float()
+def tokens_of(model: TokenFlow, pictures: Pictures, *, batch: int = 64) -> Tensor:
+    """Token ids [N, L] of all pictures, in float32 arithmetic."""
+    chunks = torch.arange(len(pictures)).split(batch)
+    return torch.cat([model.encode(pictures.float_images(rows)) for rows in tqdm(chunks, desc="tokens", unit="batch")])
+
+
+@torch.inference_mode()
+def codes_of(model: TokenFlow, indices: Tensor, *, batch: int = 64) -> Tensor:
+    """Accumulated codes [N, C, H, W] of ids [N, L]."""
+    return torch.cat([model.quantizer.decode(chunk) for chunk in indices.split(batch)]).float()
 
 
 @torch.inference_mode()
@@ -51,8 +57,10 @@ def pixel_grid(pictures: Pictures, side: int | None = None) -> Tensor:
     return (images if side is None else F.adaptive_avg_pool2d(images, side)).flatten(1)
 
 
-def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tensor, targets: Tensor) -> dict[str, Any]:
-    """The numbers, by name; a value is None where it cannot be measured (no groups, ST-LPIPS not installed).
+def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tensor,
+             targets: Tensor) -> dict[str, Any]:
+    """The numbers by name, None where one cannot be measured (no groups, ST-LPIPS not installed); under "found" what the page
+    shows of the retrieval: rows [n] of the candidates and scores [n, n] (picture, caption).
 
     Args:
         model: the tokenizer in eval mode.
@@ -66,6 +74,7 @@ def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tenso
     by_prefix = [float(psnr(images, originals).mean()) for images in prefixes(model, indices[test])]
     some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:TRAINED_SAMPLE]]
     metric = STLPIPS.installed()
+    ranked, rows, scores = retrieval(model, pictures, f_hat)
     decoded = decode_all(model, indices[test])
     with torch.inference_mode():
         cosine = {name: float(F.cosine_similarity(torch.cat([model.decode_semantic(c) for c in f_hat[rows].split(64)]),
@@ -84,7 +93,8 @@ def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tenso
         "teacher cosine": cosine["test"],
         "teacher cosine of training pictures": cosine["train"],
         "probe": probes(model, pictures, f_hat, train, test),
-        "retrieval": retrieval(model, pictures, f_hat)[0],
+        "retrieval": ranked,
+        "found": {"rows": rows, "scores": scores},
     }
 
 
@@ -103,16 +113,10 @@ def probes(model: TokenFlow, pictures: Pictures, f_hat: Tensor, train: Tensor, t
 
 
 def retrieval(model: TokenFlow, pictures: Pictures, f_hat: Tensor) -> tuple[dict[str, Any], list[int], Tensor]:
-    """Ranks of held-out captions and pictures, one picture a base; the rows of those pictures, and scores [n, n] (picture, caption).
-
-    A base's own picture is the one without a tone, else its first.
-    """
+    """Ranks of held-out captions and pictures, one picture a base; the rows of those pictures, and scores [n, n] (picture, caption)."""
     train = pictures.rows("train", "pair")
     bases = [pictures.bases[r] for r in train]
-    chosen: dict[str, int] = {}
-    for row in pictures.rows("test").tolist():
-        if pictures.bases[row] not in chosen or not pictures.tones[row]:
-            chosen[pictures.bases[row]] = row
+    chosen = pictures.one_per_base("test")
     rows = [chosen[base] for base in stable_order(list(chosen))]
     vectors, method = text_vectors(pictures.captions)
     result: dict[str, Any] = {"text": method, "candidates": len(rows)}

@@ -9,7 +9,7 @@ import torch
 
 from tokenflow.data.pictures import Pictures, skipped_sentence, stable_order
 from tokenflow.evaluation.reconstruction import code_use, psnr
-from tokenflow.evaluation.tokenizer import decode_all, prefixes, retrieval
+from tokenflow.evaluation.tokenizer import decode_all, prefixes
 from tokenflow.report.charts import bar_chart, line_chart
 from tokenflow.report.pixels import data_uri
 
@@ -25,9 +25,7 @@ CHARTS = {"PSNR": "PSNR of the training batch, dB", "semantic": "Distance to the
 
 def chosen_rows(pictures: Pictures, count: int) -> list[int]:
     """Held-out pictures by a fixed rule, so that none is hand-picked: groups in turn, bases in an order from a hash of the name."""
-    first: dict[str, int] = {}
-    for row in pictures.rows("test").tolist():
-        first.setdefault(pictures.bases[row], row)
+    first = pictures.one_per_base("test")
     queues: dict[str, list[int]] = {}
     for base in stable_order(list(first)):
         queues.setdefault(pictures.groups[first[base]], []).append(first[base])
@@ -93,7 +91,7 @@ def prefix_section(results: Results) -> str:
 def retrieval_section(results: Results) -> str:
     """Held-out captions and the pictures that the semantic half finds for them."""
     pictures, n = results.pictures, results.numbers["retrieval"]
-    _, rows, scores = retrieval(results.model, pictures, results.f_hat)
+    rows, scores = results.numbers["found"]["rows"], results.numbers["found"]["scores"]
     picked = [rows.index(r) for r in chosen_rows(pictures, len(rows)) if r in rows][:QUERIES]
     found = []
     for column in picked:
