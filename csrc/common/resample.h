@@ -15,7 +15,7 @@ template <class T>
 struct Band {
   int64_t first;
   int64_t count;
-  bool even;    // every tap has weight[0]
+  bool even;  // every tap has weight[0]
   T weight[4];
   T at(int64_t k) const { return weight[even ? 0 : k]; }
 };

@@ -29,6 +29,23 @@ struct Tables {
   double weight[kMaxTables];    // of the table's distance in the shared score
 };
 
+// A contiguous CPU tensor of this rank (it may be empty, and then has no address).
+static inline bool dense(const View& v, int rank) { return v.type != kNone && v.rank == rank && v.contiguous && v.device == -1; }
+
+static inline bool floating(const View& v) { return v.type >= kFloat32 && v.type <= kBFloat16; }
+
+// At least `numbers` of this type, as workspace must be.
+static inline bool holds(const View& v, Type type, int64_t numbers) {
+  int64_t size = 1;
+  for (int i = 0; i < v.rank; ++i) size *= v.shape[i];
+  return v.type == type && v.contiguous && v.device == -1 && size >= numbers;
+}
+
+static inline bool covers(const Tables& tables, int64_t channels) {
+  for (int t = 0; t < tables.count; ++t) channels -= tables.width[t];
+  return channels == 0;
+}
+
 // nullptr, or a sentence that Python raises as ValueError.
 using Error = const char*;
 

@@ -35,8 +35,8 @@ static void conv3x3(const T* __restrict x, Grid grid, int64_t channels, const T*
 
 // grad_x[p + tap] += scale grad_out[p] weight[tap]^T;  transposed [9, out, in].
 template <class T>
-static void conv3x3_grad_input(const T* __restrict grad_out, Grid grid, int64_t channels, const T* __restrict transposed,
-                               T scale, T* __restrict grad_x) {
+static void conv3x3_grad_input(const T* __restrict grad_out, Grid grid, int64_t channels,
+                               const T* __restrict transposed, T scale, T* __restrict grad_x) {
   for (int64_t p = 0; p < grid.cells(); ++p)
     for_taps(grid, p / grid.w, p % grid.w, [&](int64_t to, int64_t tap) {
       T* row = grad_x + to * channels;
@@ -48,10 +48,11 @@ static void conv3x3_grad_input(const T* __restrict grad_out, Grid grid, int64_t 
     });
 }
 
-// grad_transposed[tap] += scale grad_out[p] x[p + tap]^T, grad_bias += scale grad_out[p];  grad_transposed [9, out, in].
+// grad_transposed[tap] += scale grad_out[p] x[p + tap]^T, grad_bias += scale grad_out[p];  grad_transposed [9, out,
+// in].
 template <class T>
-static void conv3x3_grad_weight(const T* __restrict x, const T* __restrict grad_out, Grid grid, int64_t channels, T scale,
-                                T* __restrict grad_transposed, T* __restrict grad_bias) {
+static void conv3x3_grad_weight(const T* __restrict x, const T* __restrict grad_out, Grid grid, int64_t channels,
+                                T scale, T* __restrict grad_transposed, T* __restrict grad_bias) {
   for (int64_t p = 0; p < grid.cells(); ++p) {
     const T* g = grad_out + p * channels;
     for (int64_t d = 0; d < channels; ++d) grad_bias[d] += scale * g[d];

@@ -1,7 +1,7 @@
 // What the multi-scale ops share: the call's constants, codes from ids, and what one scale adds to the map,
 //   step_s = phi_s(Up q_s),  phi_s(u) = (1 - ratio) u + ratio (conv3x3(u) + bias),
-// with its transpose. Maps are channels last, [H W, C]; images are independent and fall into fixed chunks, each with its
-// own scratch, so that sums do not depend on the thread count.
+// with its transpose. Maps are channels last, [H W, C]; images are independent and fall into fixed chunks, each with
+// its own scratch, so that sums do not depend on the thread count.
 #pragma once
 #include "common/multiscale_ops.h"
 #include "cpu/codes.h"
@@ -15,11 +15,11 @@ struct Loop {
   Grid size;                                // H, W
   const int64_t* grids;                     // [S, 3]: h, w, row of phi
   Tables tables;
-  const T* codebook;                        // [K, C], raw
-  int64_t codes;                            // K
-  const T* phi;                             // [P, 9, in, out], or null
-  const T* phi_transposed;                  // [P, 9, out, in], backward only
-  const T* bias;                            // [P, C]
+  const T* codebook;        // [K, C], raw
+  int64_t codes;            // K
+  const T* phi;             // [P, 9, in, out], or null
+  const T* phi_transposed;  // [P, 9, out, in], backward only
+  const T* bias;            // [P, C]
   T ratio;
 
   Grid grid(int64_t s) const { return {grids[3 * s], grids[3 * s + 1]}; }
@@ -42,26 +42,76 @@ static Error make_loop(int64_t batch, int64_t length, const View& codes, int64_t
   int64_t width = 0, covered = 0, scales = 0;
   for (int t = 0; t < tables.count; ++t) width += tables.width[t];
   if (width != channels) return "multiscale: tables: wanted widths that sum to the channels";
-  if (grids.type != kInt64 || grids.rank != 2 || grids.shape[1] != 3 || !grids.contiguous)
+  if (!dense(grids, 2) || grids.type != kInt64 || grids.shape[1] != 3)
     return "multiscale: grids: wanted contiguous int64 [S, 3]";
   const int64_t* grid = data<int64_t>(grids);
   for (int64_t s = 0; s < grids.shape[0]; ++s) {
-    const int64_t *g = grid + 3 * s;
-    if (g[0] < 1 || g[1] < 1 || g[0] > size.h || g[1] > size.w) return "multiscale: grids: wanted grids that fit the map";
+    const int64_t* g = grid + 3 * s;
+    if (g[0] < 1 || g[1] < 1 || g[0] > size.h || g[1] > size.w)
+      return "multiscale: grids: wanted grids that fit the map";
     if (phi.type != kNone && (g[2] < 0 || g[2] >= phi.shape[0])) return "multiscale: grids: wanted rows of phi";
     if (covered < length) covered += g[0] * g[1], ++scales;
   }
   if (covered != length) return "multiscale: indices: wanted whole scales";
-  if (codes.type != kNone && (codes.rank != 2 || codes.shape[1] != channels || codes.shape[0] < 1 || !codes.contiguous))
+  if (codes.type != kNone && (!dense(codes, 2) || codes.shape[1] != channels || codes.shape[0] < 1))
     return "multiscale: codebook: wanted contiguous [K, C]";
-  if (codes.type != kNone && codes.type != type_of<T>()) return "multiscale: codebook: wanted the type that is computed in";
+  if (codes.type != kNone && codes.type != type_of<T>())
+    return "multiscale: codebook: wanted the type that is computed in";
   if (phi.type != kNone &&
-      (phi.type != type_of<T>() || bias.type != type_of<T>() || !phi.contiguous || !bias.contiguous || phi.rank != 4 ||
-       phi.shape[1] != 9 || phi.shape[2] != channels || phi.shape[3] != channels))
+      (phi.type != type_of<T>() || !dense(phi, 4) || phi.shape[1] != 9 || phi.shape[2] != channels ||
+       phi.shape[3] != channels || !holds(bias, type_of<T>(), phi.shape[0] * channels)))
     return "multiscale: phi: wanted contiguous [P, 9, C, C] and [P, C] of the type that is computed in";
-  *loop = {batch,        channels,           scales, length, size, grid, tables, data<T>(codes), codes.shape[0], data<T>(phi),
-           data<T>(phi_transposed), data<T>(bias), static_cast<T>(ratio)};
+  if (phi_transposed.type != kNone && !holds(phi_transposed, type_of<T>(), phi.shape[0] * 9 * channels * channels))
+    return "multiscale: phi_transposed: wanted [P, 9, C, C] of the type that is computed in";
+  *loop = {batch,
+           channels,
+           scales,
+           length,
+           size,
+           grid,
+           tables,
+           data<T>(codes),
+           codes.shape[0],
+           data<T>(phi),
+           data<T>(phi_transposed),
+           data<T>(bias),
+           static_cast<T>(ratio)};
   return nullptr;
+}
+
+// Rows of a next-scale model's inputs: those of scales 2 .. min(p + 1, S).
+template <class T>
+static int64_t input_rows(const Loop<T>& loop, int64_t all_scales) {
+  int64_t rows = 0;
+  for (int64_t s = 1; s < loop.scales + 1 && s < all_scales; ++s) rows += loop.grid(s).cells();
+  return rows;
+}
+
+// Scratch [J, maps, H W, C] for at least one chunk.
+template <class T>
+static bool holds_spare(const Loop<T>& loop, const View& spare, int64_t maps) {
+  return dense(spare, 4) && spare.shape[0] >= 1 && spare.shape[1] >= maps &&
+         holds(spare, type_of<T>(), spare.shape[0] * spare.shape[1] * loop.map());
+}
+
+// The codes that were gathered for the ids, and their norms.
+template <class T>
+static bool holds_codes(const Loop<T>& loop, const View& code_rows, const View& code_norms) {
+  const int64_t rows = loop.batch * loop.length;
+  return holds(code_rows, type_of<T>(), rows * loop.channels) &&
+         holds(code_norms, type_of<T>(), rows * loop.tables.count);
+}
+
+// What sum_by_code and sum_chunks write to; `numbers` of phi a chunk.
+template <class T>
+static bool holds_gradients(const Loop<T>& loop, const View& gaps, const View& order, const View& starts,
+                            const View& grad_codebook, const View& partial_phi, const View& grad_phi, int64_t chunks,
+                            int64_t numbers) {
+  const int64_t rows = loop.batch * loop.length;
+  return holds(gaps, type_of<T>(), rows * loop.channels) && holds(order, kInt64, rows) &&
+         (grad_codebook.type == kNone || holds(starts, kInt64, grad_codebook.shape[0] + 1)) &&
+         (numbers == 0 || holds(partial_phi, type_of<T>(), chunks * numbers)) &&
+         (grad_phi.type == kNone || holds(grad_phi, type_of<T>(), numbers));
 }
 
 // Images [first, last) of chunk j of `chunks`.

@@ -25,11 +25,15 @@ static Error forward(const View& indices, const View& codebook, const Tables& ta
                                     largest(grids), none, none, none, 0, &loop))
     return error;
   const int64_t channels = loop.channels, chunks = spare.shape[0];
+  if (!holds_spare(loop, spare, 3) || !holds_codes(loop, code_rows, code_norms) || !holds(status, kInt64, 1) ||
+      inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
+      !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))
+    return "multiscale_chain: wanted outputs and workspace that fit the grids";
   int64_t outside = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : outside) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* state = data<T>(spare) + 3 * j * loop.map();
+    T* state = data<T>(spare) + j * spare.shape[1] * loop.map();
     T *grown = state + loop.map(), *rest = grown + loop.map();
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
       int64_t at = b * loop.length;
@@ -43,7 +47,8 @@ static Error forward(const View& indices, const View& codebook, const Tables& ta
         memcpy(state, grown, numbers * sizeof(T));
         if (s < loop.scales) {
           T* codes = data<T>(code_rows) + at * channels;
-          outside += gather_scale(loop, data<int64_t>(indices) + at, cells, codes, data<T>(code_norms) + at * tables.count);
+          outside +=
+              gather_scale(loop, data<int64_t>(indices) + at, cells, codes, data<T>(code_norms) + at * tables.count);
           for (int64_t i = 0; i < numbers; ++i) state[i] += codes[i];
           at += cells;
         }
@@ -59,9 +64,8 @@ static Error forward(const View& indices, const View& codebook, const Tables& ta
 
 Error multiscale_chain(View indices, View codebook, Tables tables, View grids, int64_t refine, View spare, View inputs,
                        View code_rows, View code_norms, View status, int threads) noexcept {
-  if (indices.rank != 2 || codebook.rank != 2 || inputs.rank != 3 || spare.rank != 4)
-    return "multiscale_chain: wanted indices [B, L], codebook [K, C], inputs [B, R, C]";
-  if (!indices.contiguous || !inputs.contiguous || !code_rows.contiguous) return "multiscale_chain: wanted contiguous tensors";
+  if (!dense(indices, 2) || indices.type != kInt64 || !dense(codebook, 2) || !dense(inputs, 3) || !dense(grids, 2))
+    return "multiscale_chain: wanted contiguous int64 indices [B, L], codebook [K, C], inputs [B, R, C], grids [S, 3]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
   return of_type(indices, codebook, tables, grids, refine, spare, inputs, code_rows, code_norms, status, threads);
 }
@@ -72,14 +76,19 @@ static Error backward(const View& indices, const View& code_rows, const View& co
                       const View& order, const View& starts, const View& grad_codebook, int threads) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables, grids,
-                                    largest(grids), none, none, none, 0, &loop))
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
+                                    grids, largest(grids), none, none, none, 0, &loop))
     return error;
   const int64_t channels = loop.channels, chunks = spare.shape[0];
+  if (!holds_spare(loop, spare, 3) || !holds_codes(loop, code_rows, code_norms) ||
+      !holds_gradients(loop, gaps, order, starts, grad_codebook, none, none, chunks, 0) ||
+      grad_inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
+      !holds(grad_inputs, type_of<T>(), loop.batch * grad_inputs.shape[1] * channels))
+    return "multiscale_chain_backward: wanted gradients and workspace that fit the grids";
 #pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* state = data<T>(spare) + 3 * j * loop.map();
+    T* state = data<T>(spare) + j * spare.shape[1] * loop.map();
     T *grown = state + loop.map(), *rest = grown + loop.map();
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
       int64_t at = (b + 1) * loop.length;
@@ -109,16 +118,15 @@ static Error backward(const View& indices, const View& code_rows, const View& co
   return nullptr;
 }
 
-Error multiscale_chain_backward(View indices, View code_rows, View code_norms, View grad_inputs, Tables tables, View grids,
-                                int64_t refine, View spare, View gaps, View order, View starts, View grad_codebook,
-                                int threads) noexcept {
-  if (indices.rank != 2 || code_rows.rank != 3 || grad_inputs.rank != 3 || grad_codebook.rank != 2 || spare.rank != 4)
-    return "multiscale_chain_backward: wanted indices [B, L], code_rows [B, L, C], grad_inputs [B, R, C], grad_codebook [K, C]";
-  if (!indices.contiguous || !code_rows.contiguous || !grad_inputs.contiguous)
-    return "multiscale_chain_backward: wanted contiguous tensors";
+Error multiscale_chain_backward(View indices, View code_rows, View code_norms, View grad_inputs, Tables tables,
+                                View grids, int64_t refine, View spare, View gaps, View order, View starts,
+                                View grad_codebook, int threads) noexcept {
+  if (!dense(indices, 2) || indices.type != kInt64 || !dense(code_rows, 3) || !dense(grad_inputs, 3) ||
+      !dense(grad_codebook, 2) || !dense(grids, 2))
+    return "multiscale_chain_backward: wanted contiguous indices, code_rows, grad_inputs, grad_codebook and grids";
   const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
-  return of_type(indices, code_rows, code_norms, grad_inputs, tables, grids, refine, spare, gaps, order, starts, grad_codebook,
-                 threads);
+  return of_type(indices, code_rows, code_norms, grad_inputs, tables, grids, refine, spare, gaps, order, starts,
+                 grad_codebook, threads);
 }
 
 TOKENFLOW_END

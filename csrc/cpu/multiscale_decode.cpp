@@ -8,18 +8,24 @@ TOKENFLOW_BEGIN
 
 template <class T>
 static Error forward(const View& indices, const View& codebook, const Tables& tables, const View& grids, Grid size,
-                     const View& phi, const View& bias, double ratio, const View& spare, const View& map, const View& inputs,
-                     const View& code_rows, const View& code_norms, const View& status, int threads) {
+                     const View& phi, const View& bias, double ratio, const View& spare, const View& map,
+                     const View& inputs, const View& code_rows, const View& code_norms, const View& status,
+                     int threads) {
   Loop<T> loop;
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids, size, phi,
-                                    View{nullptr, kNone}, bias, ratio, &loop))
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
+                                    size, phi, View{nullptr, kNone}, bias, ratio, &loop))
     return error;
   const int64_t channels = loop.channels, chunks = spare.shape[0];
+  if (!holds_spare(loop, spare, 4) || !holds_codes(loop, code_rows, code_norms) || !holds(status, kInt64, 1) ||
+      (map.type != kNone && !holds(map, type_of<T>(), loop.batch * loop.map())) ||
+      (inputs.type != kNone && (!dense(inputs, 3) || inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
+                                !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))))
+    return "multiscale_decode: wanted outputs and workspace that fit the maps";
   int64_t outside = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : outside) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* sum = data<T>(spare) + 4 * j * loop.map();
+    T* sum = data<T>(spare) + j * spare.shape[1] * loop.map();
     T *step = sum + loop.map(), *rest = step + loop.map();
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
       memset(sum, 0, loop.map() * sizeof(T));
@@ -49,10 +55,8 @@ static Error forward(const View& indices, const View& codebook, const Tables& ta
 Error multiscale_decode(View indices, View codebook, Tables tables, View grids, int64_t height, int64_t width, View phi,
                         View bias, double ratio, View spare, View map, View inputs, View code_rows, View code_norms,
                         View status, int threads) noexcept {
-  if (indices.rank != 2 || codebook.rank != 2 || code_rows.rank != 3 || spare.rank != 4)
-    return "multiscale_decode: wanted indices [B, L], codebook [K, C], code_rows [B, L, C]";
-  if (!indices.contiguous || !map.contiguous || !inputs.contiguous || !code_rows.contiguous)
-    return "multiscale_decode: wanted contiguous tensors";
+  if (!dense(indices, 2) || indices.type != kInt64 || !dense(codebook, 2) || height < 1 || width < 1)
+    return "multiscale_decode: wanted contiguous int64 indices [B, L] and codebook [K, C]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
   return of_type(indices, codebook, tables, grids, {height, width}, phi, bias, ratio, spare, map, inputs, code_rows,
                  code_norms, status, threads);
@@ -65,16 +69,23 @@ static Error backward(const View& indices, const View& code_rows, const View& co
                       const View& partial_phi, const View& order, const View& starts, const View& grad_codebook,
                       const View& grad_phi, int threads) {
   Loop<T> loop;
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables, grids, size,
-                                    phi, phi_transposed, bias, ratio, &loop))
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
+                                    grids, size, phi, phi_transposed, bias, ratio, &loop))
     return error;
   const int64_t channels = loop.channels, chunks = spare.shape[0];
   const int64_t kernels = phi.data ? phi.shape[0] * loop.kernel() : 0;
   const int64_t numbers = phi.data ? kernels + phi.shape[0] * channels : 0;
+  if (!holds_spare(loop, spare, 5) || !holds_codes(loop, code_rows, code_norms) ||
+      !holds_gradients(loop, gaps, order, starts, grad_codebook, partial_phi, grad_phi, chunks, numbers) ||
+      (grad_map.type != kNone && !holds(grad_map, type_of<T>(), loop.batch * loop.map())) ||
+      (grad_inputs.type != kNone &&
+       (!dense(grad_inputs, 3) || grad_inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
+        !holds(grad_inputs, type_of<T>(), loop.batch * grad_inputs.shape[1] * channels))))
+    return "multiscale_decode_backward: wanted gradients and workspace that fit the maps";
 #pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* grad = data<T>(spare) + 5 * j * loop.map();
+    T* grad = data<T>(spare) + j * spare.shape[1] * loop.map();
     T *step = grad + loop.map(), *rest = step + loop.map();
     T* phi_share = numbers ? data<T>(partial_phi) + j * numbers : nullptr;
     if (numbers) memset(phi_share, 0, numbers * sizeof(T));
@@ -97,7 +108,8 @@ static Error backward(const View& indices, const View& code_rows, const View& co
         if (dropped(data<int64_t>(indices) + at, cells))
           memset(rows, 0, cells * channels * sizeof(T));
         else
-          code_step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, phi_share, phi_share + kernels, rest);
+          code_step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, phi_share, phi_share + kernels,
+                               rest);
       }
     }
   }
@@ -108,16 +120,15 @@ static Error backward(const View& indices, const View& code_rows, const View& co
 }
 
 Error multiscale_decode_backward(View indices, View code_rows, View code_norms, View grad_map, View grad_inputs,
-                                 Tables tables, View grids, int64_t height, int64_t width, View phi, View phi_transposed,
-                                 View bias, double ratio, View spare, View gaps, View partial_phi, View order, View starts,
-                                 View grad_codebook, View grad_phi, int threads) noexcept {
-  if (indices.rank != 2 || code_rows.rank != 3 || grad_codebook.rank != 2 || spare.rank != 4)
-    return "multiscale_decode_backward: wanted indices [B, L], code_rows [B, L, C], grad_codebook [K, C]";
-  if (!indices.contiguous || !code_rows.contiguous || !grad_map.contiguous || !grad_inputs.contiguous)
-    return "multiscale_decode_backward: wanted contiguous tensors";
+                                 Tables tables, View grids, int64_t height, int64_t width, View phi,
+                                 View phi_transposed, View bias, double ratio, View spare, View gaps, View partial_phi,
+                                 View order, View starts, View grad_codebook, View grad_phi, int threads) noexcept {
+  if (!dense(indices, 2) || indices.type != kInt64 || !dense(code_rows, 3) || !dense(grad_codebook, 2))
+    return "multiscale_decode_backward: wanted contiguous indices [B, L], code_rows [B, L, C], grad_codebook [K, C]";
   const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
-  return of_type(indices, code_rows, code_norms, grad_map, grad_inputs, tables, grids, {height, width}, phi, phi_transposed,
-                 bias, ratio, spare, gaps, partial_phi, order, starts, grad_codebook, grad_phi, threads);
+  return of_type(indices, code_rows, code_norms, grad_map, grad_inputs, tables, grids, {height, width}, phi,
+                 phi_transposed, bias, ratio, spare, gaps, partial_phi, order, starts, grad_codebook, grad_phi,
+                 threads);
 }
 
 TOKENFLOW_END

@@ -15,11 +15,11 @@ struct Call {
   bool accumulated;
   int64_t chunks;
   int threads;
-  T *residual, *sum;                     // [B, H W, C]
-  T *staged, *spare;                     // [B max(h w), C], [J, 3, H W, C]
-  T *rows, *code_rows, *code_norms;      // [B, L, C], [B, L, C], [B, L, T]
-  int64_t* indices;                      // [B, L]
-  double* partial;                       // [S, B]
+  T *residual, *sum;                 // [B, H W, C]
+  T *staged, *spare;                 // [B max(h w), C], [J, 3, H W, C]
+  T *rows, *code_rows, *code_norms;  // [B, L, C], [B, L, C], [B, L, T]
+  int64_t* indices;                  // [B, L]
+  double* partial;                   // [S, B]
   View features;
 };
 
@@ -136,8 +136,8 @@ static void advance(const Call<T>& call, int64_t s, int64_t offset) {
 }
 
 template <class T>
-static void forward(const Call<T>& call, double loss_weight, const View& packed_view, const View& quantized, const View& loss,
-                    const View& status) {
+static void forward(const Call<T>& call, double loss_weight, const View& packed_view, const View& quantized,
+                    const View& loss, const View& status) {
   const Loop<T>& loop = call.loop;
   const int64_t pixels = loop.size.cells();
   const Packed<T> packed =
@@ -146,7 +146,8 @@ static void forward(const Call<T>& call, double loss_weight, const View& packed_
   for (int64_t j = 0; j < call.chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, call.chunks, j);
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
-      load_map(call.features, b, loop.channels, pixels, call.residual + b * loop.map(), call.spare + 3 * j * loop.map());
+      load_map(call.features, b, loop.channels, pixels, call.residual + b * loop.map(),
+               call.spare + 3 * j * loop.map());
       memset(call.sum + b * loop.map(), 0, loop.map() * sizeof(T));
     }
   }
@@ -174,15 +175,25 @@ static void forward(const Call<T>& call, double loss_weight, const View& packed_
 
 template <class T>
 static Error run(const View& features, const View& codebook, const Tables& tables, const View& grids, const View& phi,
-                 const View& bias, double ratio, bool accumulated, double loss_weight, const View& packed, const View& maps,
-                 const View& staged, const View& spare, const View& partial, const View& quantized, const View& indices,
-                 const View& loss, const View& rows, const View& code_rows, const View& code_norms, const View& status,
-                 int threads) {
+                 const View& bias, double ratio, bool accumulated, double loss_weight, const View& packed,
+                 const View& maps, const View& staged, const View& spare, const View& partial, const View& quantized,
+                 const View& indices, const View& loss, const View& rows, const View& code_rows, const View& code_norms,
+                 const View& status, int threads) {
   Call<T> call = {};
   const Grid size = {features.shape[2], features.shape[3]};
-  if (const Error error = make_loop(features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids, size,
-                                    phi, View{nullptr, kNone}, bias, ratio, &call.loop))
+  if (const Error error = make_loop(features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids,
+                                    size, phi, View{nullptr, kNone}, bias, ratio, &call.loop))
     return error;
+  const Loop<T>& loop = call.loop;
+  const Type real = type_of<T>();
+  const int64_t images = loop.batch * loop.map(), numbers = loop.batch * loop.length * loop.channels;
+  int64_t largest = 0;
+  for (int64_t s = 0; s < loop.scales; ++s) largest = loop.grid(s).cells() > largest ? loop.grid(s).cells() : largest;
+  if (!holds_spare(loop, spare, 3) || !holds_codes(loop, code_rows, code_norms) || !holds(rows, real, numbers) ||
+      !holds(quantized, features.type, images) || !holds(loss, real, 1) || !holds(status, kInt64, 1) ||
+      !holds(packed, real, panels_of(loop.codes) * kPanel * (loop.channels + 1)) || !holds(maps, real, 2 * images) ||
+      !holds(staged, real, loop.batch * largest * loop.channels) || !holds(partial, kFloat64, loop.scales * loop.batch))
+    return "multiscale_quantize: wanted outputs and workspace that fit the maps";
   call.accumulated = accumulated;
   call.chunks = spare.shape[0];
   call.threads = threads;
@@ -204,13 +215,13 @@ Error multiscale_quantize(View features, View codebook, Tables tables, View grid
                           bool accumulated, double loss_weight, View packed, View maps, View staged, View spare,
                           View partial, View quantized, View indices, View loss, View rows, View code_rows,
                           View code_norms, View status, int threads) noexcept {
-  if (features.rank != 4 || quantized.rank != 4 || indices.rank != 2 || rows.rank != 3)
-    return "multiscale_quantize: wanted features and quantized [B, C, H, W], indices [B, L], rows [B, L, C]";
-  if (!features.contiguous || !quantized.contiguous || !indices.contiguous || !rows.contiguous)
-    return "multiscale_quantize: wanted contiguous tensors";
+  if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
+      indices.shape[0] != features.shape[0])
+    return "multiscale_quantize: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
+  if (!dense(codebook, 2)) return "multiscale_quantize: codebook: wanted contiguous [K, C]";
   const auto of_type = codebook.type == kFloat64 ? run<double> : run<float>;
-  return of_type(features, codebook, tables, grids, phi, bias, ratio, accumulated, loss_weight, packed, maps, staged, spare,
-                 partial, quantized, indices, loss, rows, code_rows, code_norms, status, threads);
+  return of_type(features, codebook, tables, grids, phi, bias, ratio, accumulated, loss_weight, packed, maps, staged,
+                 spare, partial, quantized, indices, loss, rows, code_rows, code_norms, status, threads);
 }
 
 TOKENFLOW_END

@@ -1,7 +1,8 @@
 // The closed-form backward of multiscale_quantize. Scales do not chain, because the residual is detached. With G the
 // gradient of `quantized`, N_s the numbers of scale s and J the Jacobian of the normalisation (none for raw rows):
-//   codes        dx = sum_s Down_s^T J (Up_s^T G + 2 commitment (y - q) / (S N_s)),  dq_k = sum 2 codebook (q - y) / (S N_s)
-//   accumulated  dx = G + sum_s 2 commitment (x - f_s) / (S N),  dstep_s = sum_{j >= s} 2 codebook (f_j - x) / (S N),
+//   codes        dx = sum_s Down_s^T J (Up_s^T G + 2 commitment (y - q) / (S N_s)),  dq_k = sum 2 codebook (q - y) / (S
+//   N_s) accumulated  dx = G + sum_s 2 commitment (x - f_s) / (S N),  dstep_s = sum_{j >= s} 2 codebook (f_j - x) / (S
+//   N),
 //                and dstep_s goes through phi_s and Up_s^T to the codes and to phi
 // `quantized` sends nothing to codebooks or phi. Rows and pixels with NaN are left out. Codes are summed in row order.
 #include "cpu/multiscale.h"
@@ -13,9 +14,9 @@ struct Backward {
   Loop<T> loop;
   const T *rows, *code_rows, *code_norms;  // [B, L, C], [B, L, C], [B, L, T]
   View features, grad_quantized, grad_features;
-  double loss_scale;                       // 2 grad_loss / S
+  double loss_scale;  // 2 grad_loss / S
   double commitment, codebook;
-  T* gaps;                                 // [B, L, C]: gradients of the gathered codes
+  T* gaps;  // [B, L, C]: gradients of the gathered codes
 };
 
 // touched [H W] is NaN where a row with NaN reaches the map of image b. False where no row does. spare [3, H W].
@@ -140,15 +141,16 @@ static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* map_g
 }
 
 template <class T>
-static Error run(const View& features, const View& indices, const View& rows, const View& code_rows, const View& code_norms,
-                 const View& grad_quantized, const View& grad_loss, const Tables& tables, const View& grids, const View& phi,
-                 const View& phi_transposed, const View& bias, double ratio, bool accumulated, double commitment_weight,
-                 double codebook_weight, const View& spare, const View& gaps, const View& partial_phi, const View& order,
-                 const View& starts, const View& grad_features, const View& grad_codebook, const View& grad_phi, int threads) {
+static Error run(const View& features, const View& indices, const View& rows, const View& code_rows,
+                 const View& code_norms, const View& grad_quantized, const View& grad_loss, const Tables& tables,
+                 const View& grids, const View& phi, const View& phi_transposed, const View& bias, double ratio,
+                 bool accumulated, double commitment_weight, double codebook_weight, const View& spare,
+                 const View& gaps, const View& partial_phi, const View& order, const View& starts,
+                 const View& grad_features, const View& grad_codebook, const View& grad_phi, int threads) {
   Backward<T> call = {};
   const Grid size = {features.shape[2], features.shape[3]};
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, features.shape[1], tables, grids, size,
-                                    phi, phi_transposed, bias, ratio, &call.loop))
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, features.shape[1], tables, grids,
+                                    size, phi, phi_transposed, bias, ratio, &call.loop))
     return error;
   const Loop<T>& loop = call.loop;
   call.rows = data<T>(rows);
@@ -157,12 +159,22 @@ static Error run(const View& features, const View& indices, const View& rows, co
   call.features = features;
   call.grad_quantized = grad_quantized;
   call.grad_features = grad_features;
-  call.loss_scale = grad_loss.data ? 2.0 * data<T>(grad_loss)[0] / static_cast<double>(loop.scales) : 0;
   call.commitment = commitment_weight;
   call.codebook = codebook_weight;
   call.gaps = data<T>(gaps);
   const int64_t chunks = spare.shape[0], kernels = phi.data ? phi.shape[0] * loop.kernel() : 0;
   const int64_t numbers = phi.data ? kernels + phi.shape[0] * loop.channels : 0;
+  const Type real = type_of<T>();
+  const int64_t images = loop.batch * loop.map();
+  if (!holds_spare(loop, spare, accumulated ? 5 + loop.scales : 7) || !holds_codes(loop, code_rows, code_norms) ||
+      !holds_gradients(loop, gaps, order, starts, grad_codebook, partial_phi, grad_phi, chunks, numbers) ||
+      !holds(rows, real, loop.batch * loop.length * loop.channels) ||
+      (grad_quantized.type != kNone &&
+       (!floating(grad_quantized) || !holds(grad_quantized, grad_quantized.type, images))) ||
+      (grad_loss.type != kNone && !holds(grad_loss, real, 1)) ||
+      (grad_features.type != kNone && !holds(grad_features, features.type, images)))
+    return "multiscale_quantize_backward: wanted gradients and workspace that fit the maps";
+  call.loss_scale = grad_loss.data ? 2.0 * data<T>(grad_loss)[0] / static_cast<double>(loop.scales) : 0;
 #pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, chunks, j);
@@ -178,25 +190,24 @@ static Error run(const View& features, const View& indices, const View& rows, co
   }
   if (grad_phi.data) sum_chunks(data<T>(partial_phi), chunks, numbers, data<T>(grad_phi));
   if (grad_codebook.data)
-    sum_by_code(tables, data<int64_t>(indices), call.gaps, call.code_rows, call.code_norms, loop.batch * loop.length, order,
-                starts, grad_codebook, threads);
+    sum_by_code(tables, data<int64_t>(indices), call.gaps, call.code_rows, call.code_norms, loop.batch * loop.length,
+                order, starts, grad_codebook, threads);
   return nullptr;
 }
 
 Error multiscale_quantize_backward(View features, View indices, View rows, View code_rows, View code_norms,
                                    View grad_quantized, View grad_loss, Tables tables, View grids, View phi,
-                                   View phi_transposed, View bias, double ratio, bool accumulated, double commitment_weight,
-                                   double codebook_weight, View spare, View gaps, View partial_phi, View order, View starts,
-                                   View grad_features, View grad_codebook, View grad_phi, int threads) noexcept {
-  if (features.rank != 4 || indices.rank != 2 || rows.rank != 3 || code_rows.rank != 3 || spare.rank != 4)
-    return "multiscale_quantize_backward: wanted features [B, C, H, W], indices [B, L], rows and code_rows [B, L, C]";
-  if (!features.contiguous || !grad_quantized.contiguous || !grad_features.contiguous || !rows.contiguous ||
-      !code_rows.contiguous || !code_norms.contiguous)
-    return "multiscale_quantize_backward: wanted contiguous tensors";
+                                   View phi_transposed, View bias, double ratio, bool accumulated,
+                                   double commitment_weight, double codebook_weight, View spare, View gaps,
+                                   View partial_phi, View order, View starts, View grad_features, View grad_codebook,
+                                   View grad_phi, int threads) noexcept {
+  if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
+      indices.shape[0] != features.shape[0])
+    return "multiscale_quantize_backward: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   const auto of_type = rows.type == kFloat64 ? run<double> : run<float>;
-  return of_type(features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, tables, grids, phi, phi_transposed,
-                 bias, ratio, accumulated, commitment_weight, codebook_weight, spare, gaps, partial_phi, order, starts,
-                 grad_features, grad_codebook, grad_phi, threads);
+  return of_type(features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, tables, grids, phi,
+                 phi_transposed, bias, ratio, accumulated, commitment_weight, codebook_weight, spare, gaps, partial_phi,
+                 order, starts, grad_features, grad_codebook, grad_phi, threads);
 }
 
 TOKENFLOW_END

@@ -14,8 +14,8 @@ struct Grid {
 
 // to[o, i] = sum_k weight_k from[o, first + k] for from [outer, n_in, inner], to [outer, n_out, inner].
 template <class T>
-static void resample_axis(Rule rule, const T* __restrict from, int64_t outer, int64_t n_in, int64_t n_out, int64_t inner,
-                          T* __restrict to) {
+static void resample_axis(Rule rule, const T* __restrict from, int64_t outer, int64_t n_in, int64_t n_out,
+                          int64_t inner, T* __restrict to) {
   for (int64_t i = 0; i < n_out; ++i) {
     const Band<T> band = band_of<T>(rule, n_in, n_out, i);
     for (int64_t o = 0; o < outer; ++o) {
@@ -63,7 +63,8 @@ static void resample(Rule rule, const T* from, Grid in, Grid out, int64_t channe
 
 // grad_from [in.h, in.w, C] from grad_to [out.h, out.w, C]; spare [max h, max w, C].
 template <class T>
-static void resample_transposed(Rule rule, const T* grad_to, Grid in, Grid out, int64_t channels, T* grad_from, T* spare) {
+static void resample_transposed(Rule rule, const T* grad_to, Grid in, Grid out, int64_t channels, T* grad_from,
+                                T* spare) {
   if (rule == kArea) {
     resample_axis_transposed(rule, grad_to, out.h, in.w, out.w, channels, spare);
     resample_axis_transposed(rule, spare, 1, in.h, out.h, in.w * channels, grad_from);
