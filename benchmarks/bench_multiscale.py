@@ -94,7 +94,9 @@ def decoder(batch: int) -> Problem:
             assert_close(actual, expected)
 
     calls = {"native": lambda: step(ops), "twin": lambda: step(reference)}
-    return Problem("multiscale_decode, forward + backward", f"B {batch}, {batch * length} rows, K {CODES}", calls, check)
+    return Problem(
+        "multiscale_decode, forward + backward", f"B {batch}, {batch * length} rows, K {CODES}", calls, check
+    )
 
 
 PROBLEMS = {

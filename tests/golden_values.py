@@ -8,7 +8,7 @@ import json
 import math
 import re
 import zlib
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,13 @@ from torch import Tensor
 FOLDER = Path(__file__).parent / "golden"
 
 
-@lru_cache(maxsize=None)
+@cache
 def manifest(fixture: str) -> dict:
     """The manifest of a fixture."""
     return json.loads((FOLDER / f"{fixture}.json").read_text())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stored(fixture: str) -> dict[str, Tensor]:
     return load_file(FOLDER / f"{fixture}.safetensors")
 
@@ -115,7 +115,14 @@ def features(name: str, shape: list[int], salt: int) -> np.ndarray:
 
 _ZEROS = ("codebook_used", "vocab_usage", "ema_vocab_hit_SV", "zero_k_bias")
 _CODEBOOKS = ("embedding_vqkd.weight", "embedding_vqgan.weight", "codebook.weight")
-_LOOKUPS = ("embed_tokens.weight", "token_embedding.weight", "class_emb.weight", "lvl_embed.weight", "pos_1LC", "pos_start")
+_LOOKUPS = (
+    "embed_tokens.weight",
+    "token_embedding.weight",
+    "class_emb.weight",
+    "lvl_embed.weight",
+    "pos_1LC",
+    "pos_start",
+)
 _POSITIONS = ("positional_embedding", "pos_embed", "position_embedding.weight", "cls_token", "probe")
 
 

@@ -61,7 +61,9 @@ def followed(features, codebooks, ids, options) -> int:
     rows = ops.multiscale_rows(features, ids, codebooks, **options, backend="native")
     parts = [p.double() for p in rows.split([c.shape[1] for c in codebooks], dim=-1)]
     metric, weights = options.get("metric", "cosine"), options.get("weights")
-    exact = ops.shared_nearest_code(parts, [c.double() for c in codebooks], metric=metric, weights=weights, backend="reference")
+    exact = ops.shared_nearest_code(
+        parts, [c.double() for c in codebooks], metric=metric, weights=weights, backend="reference"
+    )
     return near_ties(ids, exact, rows.split([c.shape[1] for c in codebooks], dim=-1), codebooks, metric, weights)
 
 

@@ -1,18 +1,20 @@
 """The published dual-table quantizer's numbers against `shared_quantize`, and the rule of the generated inputs."""
 
+import golden_values
 import numpy as np
 import pytest
 import torch
-
-import golden_values
 from golden_values import Case, case_names
+
 from tokenflow_ext import ops
 
 QUANTIZER = "tokenflow_quantizer"
 BACKENDS = ("native", "reference")
 
 
-@pytest.mark.parametrize("check", golden_values.manifest("rule_check")["checks"], ids=lambda c: c.get("key") or c["name"])
+@pytest.mark.parametrize(
+    "check", golden_values.manifest("rule_check")["checks"], ids=lambda c: c.get("key") or c["name"]
+)
 def test_rule_of_generated_tensors(check):
     extra = (check["low"], check["high"]) if check["function"] == "integers" else ()
     name = check.get("key") or check["name"]
@@ -30,7 +32,12 @@ def quantize_case(case: Case, backend: str):
     tables = [case["sem_table"].requires_grad_(), case["pix_table"].requires_grad_()]
     rows = z.movedim(1, -1).split(case.options["table_dims"], dim=-1)
     result = ops.shared_quantize(
-        rows, tables, metric="cosine", weights=case.options["weights"], commitment_weight=case.options["beta"], backend=backend
+        rows,
+        tables,
+        metric="cosine",
+        weights=case.options["weights"],
+        commitment_weight=case.options["beta"],
+        backend=backend,
     )
     return z, tables, torch.cat(result.quantized, dim=-1), result.indices, result.loss
 

@@ -51,11 +51,16 @@ def test_loop_in_float32(grid, mode):
     features, codebooks, options = case(grid, mode)
     result = ops.multiscale_quantize(features, codebooks, **options, backend="native")
     followed(features, codebooks, result.indices, options)
-    decoded = ops.multiscale_decode(result.indices, codebooks, **decoding(options, features.shape[2:]), backend="native")
+    decoded = ops.multiscale_decode(
+        result.indices, codebooks, **decoding(options, features.shape[2:]), backend="native"
+    )
     assert same_bits(result.quantized, decoded)
     rows = ops.multiscale_rows(features, result.indices, codebooks, **options, backend="native")
     assert_near(rows, reference.multiscale_rows(features.double(), result.indices, codebooks, **options), 2e-6)
-    wide = decoding({**options, "phi": None if "phi" not in options else phi_of(options["scales"], torch.float64)}, features.shape[2:])
+    wide = decoding(
+        {**options, "phi": None if "phi" not in options else phi_of(options["scales"], torch.float64)},
+        features.shape[2:],
+    )
     assert_near(decoded, reference.multiscale_decode(result.indices, [c.double() for c in codebooks], **wide), 2e-6)
 
 
@@ -71,9 +76,14 @@ def test_loop_and_gradients_of_the_twin(grid, mode):
             weight, bias, ratio, assignment = options["phi"]
             inputs += leaves(weight, bias)
             options["phi"] = (*inputs[-2:], ratio, assignment)
-        quantized, indices, loss = function(inputs[0], inputs[1:3], **options, commitment_weight=0.3, codebook_weight=0.7)
+        quantized, indices, loss = function(
+            inputs[0], inputs[1:3], **options, commitment_weight=0.3, codebook_weight=0.7
+        )
         seen = (quantized * normal(*quantized.shape, seed=5, dtype=torch.float64)).sum()
-        grads = [torch.autograd.grad(t, inputs, retain_graph=True, allow_unused=True) for t in (seen, 3 * loss, seen + 2 * loss)]
+        grads = [
+            torch.autograd.grad(t, inputs, retain_graph=True, allow_unused=True)
+            for t in (seen, 3 * loss, seen + 2 * loss)
+        ]
         grads = [[torch.zeros_like(i) if g is None else g for g, i in zip(gs, inputs)] for gs in grads]
         results.append((quantized, indices, loss, grads))
     (quantized, indices, loss, grads), (twin_quantized, twin_indices, twin_loss, twin_grads) = results
@@ -129,7 +139,11 @@ def test_decode_gradcheck(grid, options):
 
 
 @pytest.mark.parametrize("prefix", [1, 2, None])
-@pytest.mark.parametrize("options", [{"rule": "accumulate"}, {"rule": "accumulate", "phi": True}, {"rule": "chain"}, {"rule": "chain", "refine": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": "accumulate"}, {"rule": "accumulate", "phi": True}, {"rule": "chain"}, {"rule": "chain", "refine": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("grid", ["oblong", "any order, repeated, short of the map"])
 def test_inputs_gradcheck_and_twin(grid, options, prefix):
     ids, size, scales = ids_of(grid, scales=prefix)
@@ -141,8 +155,12 @@ def test_inputs_gradcheck_and_twin(grid, options, prefix):
         phi = (weight, bias, 0.5, [s % 2 for s in range(len(scales))]) if "phi" in options else None
         return function(ids, [first, second], scales=scales, size=size, **{**options, "phi": phi}, **more)
 
-    assert torch.autograd.gradcheck(lambda *a: rows(ops.multiscale_inputs, *a, backend="native"), inputs, fast_mode=True)
-    assert_near(rows(ops.multiscale_inputs, *inputs, backend="native"), rows(reference.multiscale_inputs, *inputs), 1e-13)
+    assert torch.autograd.gradcheck(
+        lambda *a: rows(ops.multiscale_inputs, *a, backend="native"), inputs, fast_mode=True
+    )
+    assert_near(
+        rows(ops.multiscale_inputs, *inputs, backend="native"), rows(reference.multiscale_inputs, *inputs), 1e-13
+    )
 
 
 @pytest.mark.parametrize("mode", ["cosine", "l2", "phi"])
@@ -209,7 +227,11 @@ def test_second_derivative_is_an_error():
         "multiscale_chain": ops.multiscale_inputs(ids, inputs[1:], scales=options["scales"], size=5, rule="chain", backend="native").square().sum(),
     }  # fmt: skip
     for name, value in results.items():
-        wanted = [i for i, g in zip(inputs, torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)) if g is not None]
+        wanted = [
+            i
+            for i, g in zip(inputs, torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True))
+            if g is not None
+        ]
         first = torch.autograd.grad(value, wanted, create_graph=True)
         with pytest.raises(RuntimeError, match=f"{name}: it is differentiable once"):
             torch.autograd.grad(sum(g.sum() for g in first), wanted)
@@ -219,13 +241,18 @@ def test_second_derivative_is_an_error():
 def test_opcheck(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     grids, widths = [1, 1, 0, 2, 3, 1, 4, 4, 0], list(WIDTHS)
-    features, codebook = normal(2, 8, 4, 4, dtype=dtype).requires_grad_(), normal(9, 8, seed=1, dtype=wide).requires_grad_()
+    features, codebook = (
+        normal(2, 8, 4, 4, dtype=dtype).requires_grad_(),
+        normal(9, 8, seed=1, dtype=wide).requires_grad_(),
+    )
     weight, bias = leaves(*phi_of((1, 2), wide)[:2])
     ids = torch.randint(9, (2, 23), generator=torch.Generator().manual_seed(4))
     loop = (grids, widths, [1.0, 2.0])
     opcheck("multiscale_quantize", features, codebook, None, None, *loop, "cosine", True, 0.0, False, 0.25, 1.0)
     opcheck("multiscale_quantize", features, codebook, weight, bias, *loop, "l2", False, 0.5, True, 0.25, 1.0)
-    opcheck("multiscale_rows", features, ids, codebook.detach(), weight.detach(), bias.detach(), grids, widths, True, 0.5)
+    opcheck(
+        "multiscale_rows", features, ids, codebook.detach(), weight.detach(), bias.detach(), grids, widths, True, 0.5
+    )
     for as_inputs in (False, True):
         opcheck("multiscale_decode", ids, codebook, weight, bias, grids, 4, 4, widths, True, 0.5, as_inputs)
     opcheck("multiscale_chain", ids, codebook, grids, widths, True, 2)

@@ -126,7 +126,9 @@ def test_dropped_scales(backend):
     for rule in ("accumulate", "chain"):
         tables = leaves(*codebooks)
         inputs = ops.multiscale_inputs(full, tables, **common, size=5, rule=rule)
-        assert_near(inputs, reference.multiscale_inputs(full, tables, scales=options["scales"], size=5, rule=rule), 1e-13)
+        assert_near(
+            inputs, reference.multiscale_inputs(full, tables, scales=options["scales"], size=5, rule=rule), 1e-13
+        )
         only = [ops.multiscale_inputs(full[:1], tables, **common, size=5, rule=rule).sum()]
         touched = torch.zeros(len(codebooks[0]), dtype=torch.bool)
         touched[full[0, :14][full[0, :14] >= 0]] = True
@@ -141,7 +143,11 @@ def test_shapes_at_the_edges():
         length = sum(s * s if isinstance(s, int) else s[0] * s[1] for s in scales)
         for mode in ({}, {"loss_on": "accumulated", "phi": phi_of(scales)}):
             out = ops.multiscale_quantize(inputs[0], inputs[1:], scales=scales, **mode, backend="native")
-            assert out.quantized.shape == (batch, 8, *size) and out.indices.shape == (batch, length) and not out.indices.any()
+            assert (
+                out.quantized.shape == (batch, 8, *size)
+                and out.indices.shape == (batch, length)
+                and not out.indices.any()
+            )
             assert out.loss.shape == () and (batch > 0 or float(out.loss.detach()) == 0)
             grads = torch.autograd.grad(out.quantized.sum() + out.loss, inputs)
             assert all(g.shape == i.shape and g.isfinite().all() for g, i in zip(grads, inputs))
@@ -171,12 +177,16 @@ def test_views_that_are_not_contiguous():
     assert out.quantized.is_contiguous()
     (grad,) = torch.autograd.grad(out.quantized.movedim(1, -1).square().sum(), leaf)
     other = features.clone().requires_grad_()
-    (dense,) = torch.autograd.grad(ops.multiscale_quantize(other, codebooks, **options, backend="native").quantized.square().sum(), other)
+    (dense,) = torch.autograd.grad(
+        ops.multiscale_quantize(other, codebooks, **options, backend="native").quantized.square().sum(), other
+    )
     assert same_bits(grad, dense)
     ids = out.indices.T.contiguous().T
     args = {"scales": options["scales"], "size": (4, 7), "backend": "native"}
     assert same_bits(ops.multiscale_decode(ids, wide, **args), expected.quantized)
-    assert same_bits(ops.multiscale_rows(strided, ids, wide, **options), ops.multiscale_rows(features, ids, codebooks, **options))
+    assert same_bits(
+        ops.multiscale_rows(strided, ids, wide, **options), ops.multiscale_rows(features, ids, codebooks, **options)
+    )
 
 
 @pytest.mark.parametrize("mode", ["cosine", "phi"])
@@ -220,8 +230,9 @@ def test_instruction_sets_agree():
     """Every path that this processor can run gives the same bits, ids, maps, loss and gradients."""
     runs = {}
     for name in build_info()["instruction_sets"]:
-        done = subprocess.run([sys.executable, "-c", PROBE], env={**os.environ, "TOKENFLOW_ISA": name,
-                              "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True)  # fmt: skip
+        environment = {**os.environ, "TOKENFLOW_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", PROBE]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             ran, digest = done.stdout.split()
             assert ran == name
@@ -235,12 +246,13 @@ def test_instruction_sets_agree():
 
 def test_bad_input():
     x, tables = normal(2, 8, 4, 4), [normal(9, w) for w in WIDTHS]
-    ids = torch.zeros(2, 21, dtype=torch.int64)
     scales = (1, 2, 4)
 
     def quantize(error, argument, *args, **options):
         args = args or (x, tables)
-        assert_sentence(error, "multiscale_quantize", argument, ops.multiscale_quantize, *args, **{"scales": scales, **options})
+        assert_sentence(
+            error, "multiscale_quantize", argument, ops.multiscale_quantize, *args, **{"scales": scales, **options}
+        )
 
     quantize(ValueError, "scales[2]", scales=(1, 2, 5))
     quantize(ValueError, "scales[0]", scales=((1, 0), 4))
@@ -301,5 +313,7 @@ def test_bad_ids(backend):
         assert_sentence(ValueError, op, "refine", function, ids, tables, refine=refine, **chain)
     assert_sentence(ValueError, op, "refine", function, ids[:, :1], tables, refine=2, **chain)
     assert_sentence(ValueError, op, "refine", function, ids, tables, refine=2, **{**chain, "rule": "accumulate"})
-    assert_sentence(ValueError, "multiscale_decode", "scales[2]", ops.multiscale_decode, ids, tables, scales=scales, size=3)
+    assert_sentence(
+        ValueError, "multiscale_decode", "scales[2]", ops.multiscale_decode, ids, tables, scales=scales, size=3
+    )
     assert_sentence(TypeError, "multiscale_decode", "size", ops.multiscale_decode, ids, tables, scales=scales, size=4.0)

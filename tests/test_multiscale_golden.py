@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-
 from golden_values import Case, case_names
 from test_golden import BACKENDS, table_gradient
+
 from tokenflow_ext import ops
 
 MULTISCALE = "tokenflow_multiscale"
 CASES = case_names(MULTISCALE)
-CHAINS = [(c, r) for c in CASES for r in (None, 0, 2, 3) if ("chain" if r is None else f"chain_refine_{r}") in Case(MULTISCALE, c)]
+CHAINS = [
+    (c, r)
+    for c in CASES
+    for r in (None, 0, 2, 3)
+    if ("chain" if r is None else f"chain_refine_{r}") in Case(MULTISCALE, c)
+]
 
 
 def tables(case: Case) -> list[torch.Tensor]:
@@ -69,7 +74,9 @@ def test_decode(name, backend):
     scales = case.options["scales_used"]
 
     def decode(indices):
-        return ops.multiscale_decode(indices, tables(case), scales=scales, size=tuple(case["h"].shape[2:]), backend=backend)
+        return ops.multiscale_decode(
+            indices, tables(case), scales=scales, size=tuple(case["h"].shape[2:]), backend=backend
+        )
 
     case.check("f_hat", decode(case["idx"]), case["f_hat_from_idx" if "f_hat_from_idx" in case else "f_hat"])
     length = 0

@@ -57,4 +57,6 @@ def norms_space(like, shape, unit_codes: bool):
 def refuse_outside(op: str, status, codes: int) -> None:
     """ValueError where a kernel counted ids that are neither in the table nor part of a dropped scale."""
     if int(status):
-        raise ValueError(f"{op}: indices: wanted ids in [0, {codes}), or -1 for a whole scale, got {int(status)} others")
+        raise ValueError(
+            f"{op}: indices: wanted ids in [0, {codes}), or -1 for a whole scale, got {int(status)} others"
+        )

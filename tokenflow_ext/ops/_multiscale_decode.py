@@ -13,7 +13,7 @@ from tokenflow_ext.ops._multiscale_common import (
     sort_space,
     split_phi,
 )
-from tokenflow_ext.ops._native import LIBRARY, _C, define, define_backward, threads, view
+from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, view
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -70,9 +70,13 @@ define(
 define_backward(
     "multiscale_rows_backward(Tensor kept, Tensor grad_rows, int[] grids, SymInt height, SymInt width) -> Tensor",
     _rows_backward,
-    lambda kept, grad_rows, grids, height, width: grad_rows.new_empty((kept.shape[0], grad_rows.shape[2], height, width)),
+    lambda kept, grad_rows, grids, height, width: grad_rows.new_empty(
+        (kept.shape[0], grad_rows.shape[2], height, width)
+    ),
 )
-torch.library.register_autograd("tokenflow_ext::multiscale_rows", _rows_autograd, setup_context=_rows_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "tokenflow_ext::multiscale_rows", _rows_autograd, setup_context=_rows_setup, lib=LIBRARY
+)
 
 
 def _input_rows(grids, length: int) -> int:
@@ -178,7 +182,9 @@ define_backward(
     _decode_backward,
     _decode_backward_fake,
 )
-torch.library.register_autograd("tokenflow_ext::multiscale_decode", _decode_autograd, setup_context=_decode_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "tokenflow_ext::multiscale_decode", _decode_autograd, setup_context=_decode_setup, lib=LIBRARY
+)
 
 
 def _chain(indices, codebook, grids, widths, unit_codes, refine):
@@ -238,4 +244,6 @@ define_backward(
     _chain_backward,
     lambda indices, code_rows, code_norms, grad_inputs, codes, *_: code_rows.new_empty((codes, code_rows.shape[2])),
 )
-torch.library.register_autograd("tokenflow_ext::multiscale_chain", _chain_autograd, setup_context=_chain_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "tokenflow_ext::multiscale_chain", _chain_autograd, setup_context=_chain_setup, lib=LIBRARY
+)

@@ -2,8 +2,17 @@
 
 import torch
 
-from tokenflow_ext.ops._multiscale_common import cells_of, chunks_of, grid_rows, kernels_of, norms_space, phi_numbers, sort_space, split_phi
-from tokenflow_ext.ops._native import LIBRARY, _C, define, define_backward, threads, view, warn_non_finite
+from tokenflow_ext.ops._multiscale_common import (
+    cells_of,
+    chunks_of,
+    grid_rows,
+    kernels_of,
+    norms_space,
+    phi_numbers,
+    sort_space,
+    split_phi,
+)
+from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, view, warn_non_finite
 from tokenflow_ext.ops.search import packed_size, tables_of
 
 

@@ -6,7 +6,7 @@ once to the working type, so that any backend that repeats the arithmetic gets t
 Where n_out = n_in both matrices are exact identities.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def bicubic_weights(n_in: int, n_out: int) -> list[list[float]]:
     return rows
 
 
-@lru_cache(maxsize=None)
+@cache
 def _matrix(rule: str, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     weights = {"area": area_weights, "bicubic": bicubic_weights}[rule](n_in, n_out)
     return torch.tensor(weights, dtype=torch.float64).to(device, dtype)
