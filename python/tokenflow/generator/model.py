@@ -140,10 +140,10 @@ class Generator(nn.Module):
             patch = both[:, near].flatten(2)
         else:
             patch = both[torch.arange(len(both))[:, None, None], near].flatten(2)
-        return self.enter(patch) + self.place[positions] + self.level_embedding[self.level[positions]] + condition
+        place = self.place + F.embedding(self.level, self.level_embedding)
+        return self.enter(patch) + F.embedding(positions, place) + condition
 
-    def forward(self, ids: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor, *, last: Tensor | None = None,
-                noisy: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, ids: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor, *, last: Tensor | None = None) -> Tensor:
         """Logits [B, n, K] of all positions before the last scale and of some, or all, of the last.
 
         Args:
@@ -152,22 +152,41 @@ class Generator(nn.Module):
             draft: [B, L, C].
             doubt: of the draft, [B], in [0, 1].
             last: positions of the last scale to compute, int64 [B, m] in [L - s_S^2, L); None: all of them.
-            noisy: inputs and draft as the blocks are to see them in training; the head always has the clean ones.
         """
-        batch, early = len(ids), len(self.level) - self.lengths[-1]
+        positions = self.positions(len(ids), last)
+        return self.head(*self._states(ids, inputs, inputs, draft, doubt, positions), self.level[positions])
+
+    def loss(self, ids: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor, indices: Tensor, weights: Tensor, *, last: Tensor,
+             noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """What `ResidualHead.loss` returns, of the tokens `indices` [B, L], each weighted by `weights` [L].
+
+        Args:
+            ids, inputs, draft, doubt, last: as in `forward`.
+            noise: standard deviation of what is added to x as the blocks see it; the head keeps the clean x.
+        """
+        positions = self.positions(len(ids), last)
+        seen = inputs + noise * torch.randn_like(inputs)
+        states = self._states(ids, seen, inputs, draft, doubt, positions)
+        return self.head.loss(*states, self.level[positions], indices.gather(1, positions), weights[positions])
+
+    def positions(self, batch: int, last: Tensor | None) -> Tensor:
+        """All positions before the last scale, then those of the last, or all: int64 [B, n]."""
+        early = torch.arange(len(self.level) - self.lengths[-1], device=self.level.device).expand(batch, -1)
         if last is None:
-            last = torch.arange(early, len(self.level), device=ids.device).expand(batch, -1)
-        positions = torch.cat([torch.arange(early, device=ids.device).expand(batch, -1), last], dim=1)
+            last = torch.arange(early.shape[1], len(self.level), device=self.level.device).expand(batch, -1)
+        return torch.cat([early, last], dim=1)
+
+    def _states(self, ids: Tensor, seen: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor,
+                positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [B, n, width] after the last block, and draft and inputs there, [B, n, C] each."""
+        early = len(self.level) - self.lengths[-1]
         text, mask, condition = self.read(ids, doubt)
-        x = torch.cat([text, self.embed(*(noisy or (inputs, draft)), condition, positions)], dim=1)
+        x = torch.cat([text, self.embed(seen, draft, condition, positions)], dim=1)
         mask = self._mask(mask, early)
         for block in self.blocks:
-            x, _ = block(x, mask=mask, alone=last.shape[1])
-        return self._logits(x[:, ids.shape[1]:], inputs, draft, positions)
-
-    def _logits(self, y: Tensor, inputs: Tensor, draft: Tensor, positions: Tensor) -> Tensor:
+            x, _ = block(x, mask=mask, alone=positions.shape[1] - early)
         row = positions[..., None].expand(-1, -1, inputs.shape[-1])
-        return self.head(self.norm(y), draft.gather(1, row), inputs.gather(1, row), self.level[positions])
+        return self.norm(x[:, ids.shape[1]:]), draft.gather(1, row), inputs.gather(1, row)
 
     def _mask(self, words: Tensor, early: int) -> Tensor:
         """[B, 1, T + early, T + early]: words see words, a position sees words and the scales up to its own."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tokenflow.data.pictures import Pictures
 from tokenflow.generator.draft import Draft
@@ -54,6 +53,17 @@ class Trained:
         self.module.load_state_dict(state, strict=False)
 
 
+@torch.inference_mode()
+def features_of(tokenizer: nn.Module, pictures: Pictures, *, batch: int = 64) -> Tensor:
+    """The tokenizer's features before the quantizer, float32 [N, C, H, W].
+
+    They are a smoother target for the draft than the accumulated codes, which carry the error of the search.
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([tokenizer.encode_features(pictures.float_images(slice(i, i + batch))).float()
+                          for i in range(0, len(pictures), batch)])
+
+
 def build(tokenizer: nn.Module, pictures: Pictures, maps: Tensor, **sizes: Any) -> tuple[Generator, Tensor, Tensor]:
     """A fresh generator for a tokenizer: vocabulary and draft are fitted to the pictures given, the rest is random.
 
@@ -75,7 +85,7 @@ def build(tokenizer: nn.Module, pictures: Pictures, maps: Tensor, **sizes: Any) 
     return Generator(config, vocabulary, codebooks, draft), left_out, doubt
 
 
-def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, f_hat: Tensor, run_dir: Path, seconds: float = 0.0,
+def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, maps: Tensor, run_dir: Path, seconds: float = 0.0,
                     seed: int = 0, *, steps: int | None = None, recipe: Recipe = Recipe(), key: str = "",
                     **sizes: Any) -> tuple[Generator, Stage]:
     """Train on the pictures of split "train", going on from `run_dir / "generator.ckpt"` if it is there.
@@ -84,7 +94,7 @@ def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, f
         tokenizer: the trained `TokenFlow`.
         pictures: N pictures; only those of split "train" are looked at, vocabulary and draft included.
         indices: their tokens, int64 [N, L].
-        f_hat: their accumulated codes, [N, C, H, W].
+        maps: what the draft learns, [N, C, H, W]: best the features before the quantizer, see `features_of`.
         run_dir: where the checkpoint lies.
         seconds: training time, summed over restarts.
         seed: of the weights and all random choices.
@@ -104,7 +114,7 @@ def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, f
         raise ValueError('train_generator: pictures: wanted some in split "train", got none')
     pictures, indices = pictures.take(rows), indices[rows]
     torch.manual_seed(seed)
-    model, left_out, left_doubt = build(tokenizer, pictures, f_hat[rows], **sizes)
+    model, left_out, left_doubt = build(tokenizer, pictures, maps[rows], **sizes)
     fitted, fitted_doubt = model.draft.fitted(*model.vocabulary.sets(pictures.captions))
     drafts, doubts = torch.stack([fitted, left_out]), torch.stack([fitted_doubt, left_doubt])
     ids, null = model.vocabulary.ids(pictures.captions), model.vocabulary.ids([""])
@@ -130,21 +140,15 @@ def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, f
         draft = model.rows(model.draft.maps(drafts[which, picked].masked_fill(uncaptioned[:, None], 0.0)))
         inputs = model.inputs(indices[picked])
         last = early + torch.rand(recipe.batch, late).argsort(1)[:, : max(1, round(recipe.last_share * late))]
-        noisy = inputs + recipe.noise * torch.randn_like(inputs)
         with torch.autocast(inputs.device.type, torch.bfloat16):
-            logits = model(text, inputs, draft, doubt, last=last, noisy=(noisy, draft))
-        positions = torch.cat([torch.arange(early).expand(recipe.batch, -1), last], dim=1)
-        target = indices[picked].gather(1, positions)
-        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-        share = weights[positions]
-        loss = (losses * share).sum() / share.sum()
+            loss, losses = model.loss(text, inputs, draft, doubt, indices[picked], weights, last=last, noise=recipe.noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         average.update()
         if step % 10 == 0:
-            stage.log(**{"cross-entropy": losses.detach().mean()})
+            stage.log(**{"cross-entropy": losses.mean()})
     model.load_state_dict({**model.state_dict(), **average.average})
     return model.eval(), stage
 
