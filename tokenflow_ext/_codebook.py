@@ -15,9 +15,31 @@ def _all_reduce(*tensors: torch.Tensor) -> None:
             torch.distributed.all_reduce(tensor)
 
 
+def _broadcast(*tensors: torch.Tensor) -> None:
+    """Rank 0's values for every rank of torch.distributed, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
+
+
 def _recomputing() -> bool:
     """Inside backward: a checkpointed forward runs again and must not count its rows twice."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def keep_precision(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
+    """`apply(fn, recurse)` of a module whose own tensors move devices but never become half precision."""
+    owned = {**module._parameters, **module._buffers}
+    tensors = {name: t for name, t in owned.items() if t is not None and t.dtype in (torch.float32, torch.float64)}
+    before = {name: (t.detach(), t.grad) for name, t in tensors.items()}
+    apply(fn, recurse)
+    for name, (value, grad) in before.items():
+        tensor = getattr(module, name)
+        if tensor.dtype not in (torch.float32, torch.float64):
+            tensor.data = value.to(tensor.device)
+            if grad is not None:
+                tensor.grad = grad.to(tensor.device)
+    return module
 
 
 class Codebook(nn.Module):
@@ -32,7 +54,8 @@ class Codebook(nn.Module):
         codes: K.
         groups: G; T must be 1 where G > 1.
         metric: "cosine", "l2" or "dot".
-        update: "gradient" (parameters), "ema" (buffers that follow their rows) or "none" (buffers that stay).
+        update: "gradient" (parameters), "ema" (buffers that follow their rows) or "none" (buffers that stay, but for k-means
+            initialisation).
         decay: of the exponential moving averages.
         kmeans_init: the first training batch places the codes by ten steps of Lloyd's algorithm.
         dead_code_threshold: a code whose moving average of rows a batch falls below takes a random row of the batch.
@@ -50,9 +73,11 @@ class Codebook(nn.Module):
             raise ValueError(f"{owner}: decay: wanted a number in [0, 1], got {decay}")
         ops._check.non_negative(owner, "dead_code_threshold", dead_code_threshold)
         self.widths, self.codes, self.groups, self.metric = list(widths), codes, groups, metric
-        self.update, self.decay, self.dead_code_threshold = update, decay, dead_code_threshold
+        self.update, self.decay = update, decay
+        self.dead_code_threshold = dead_code_threshold if update != "none" else 0
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for t, width in enumerate(self.widths):
-            table = torch.randn((groups, codes, width) if groups > 1 else (codes, width))
+            table = torch.randn((groups, codes, width) if groups > 1 else (codes, width), dtype=dtype)
             table = ops.normalize_rows(table, backend="reference") if metric == "cosine" else table / width**0.5
             if update == "gradient":
                 self.register_parameter(f"table_{t}", nn.Parameter(table))
@@ -62,8 +87,8 @@ class Codebook(nn.Module):
         self.kmeans_init = bool(kmeans_init)
         if self.kmeans_init:
             self.register_buffer("needs_init", torch.tensor(True))
-        if update == "ema" or dead_code_threshold > 0:
-            self.register_buffer("ema_counts", torch.ones(groups, codes))
+        if update == "ema" or self.dead_code_threshold > 0:
+            self.register_buffer("ema_counts", torch.ones(groups, codes, dtype=dtype))
         if update == "ema":
             self.register_buffer("ema_sums", self.joined().clone())
 
@@ -84,8 +109,7 @@ class Codebook(nn.Module):
 
     def freeze(self) -> None:
         """Codebooks move no more, by no rule."""
-        self.update = "none"
-        self.dead_code_threshold = 0
+        self.update, self.dead_code_threshold, self.kmeans_init = "none", 0, False
         for table in self.tables():
             table.requires_grad_(False)
 
@@ -96,14 +120,19 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, rows: torch.Tensor, weights, backend: str) -> None:
-        """k-means on the first training batch's rows [N, G, C], where it was asked for."""
-        if not (self.kmeans_init and self.training and rows.shape[0] > 0 and bool(self.needs_init)):
+        """k-means on the finite rows of the first training batch [N, G, C] that has some, where it was asked for."""
+        if not (self.kmeans_init and self.training and bool(self.needs_init)):
             return
-        rows = self._unit(rows.detach().to(self.table_0.dtype), backend)
-        pick = torch.randint(rows.shape[0], (self.codes,), device=rows.device)
-        joined = rows[pick].transpose(0, 1).contiguous()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(joined, 0)
+        rows = rows.detach().to(self.table_0.dtype)
+        rows = self._unit(rows[rows.isfinite().flatten(1).all(1)], backend)
+        found = torch.tensor(float(len(rows)), device=rows.device)
+        _all_reduce(found)
+        if not found:
+            return
+        joined = self.joined()
+        if len(rows):
+            joined = rows[torch.randint(len(rows), (self.codes,), device=rows.device)].transpose(0, 1).contiguous()
+        _broadcast(joined)
         for _ in range(10):
             self._write(joined)
             ids = self.search(rows, weights, backend)
@@ -116,8 +145,8 @@ class Codebook(nn.Module):
             self.ema_sums.copy_(joined)
         self.needs_init.fill_(False)
 
-    def wants_rows(self) -> bool:
-        """Whether `observe` needs the rows themselves."""
+    def moves(self) -> bool:
+        """Whether `observe` writes to the codebooks."""
         return self.update == "ema" or self.dead_code_threshold > 0
 
     def _write(self, joined: torch.Tensor) -> None:
@@ -133,19 +162,18 @@ class Codebook(nn.Module):
         return ids[:, None]
 
     @torch.no_grad()
-    def observe(self, rows: torch.Tensor | None, ids: torch.Tensor, good: torch.Tensor, backend: str) -> None:
-        """Counts a training batch and moves the codebooks by it: rows [N, G, C] chose ids [N, G] where good [N, G].
-
-        `rows` may be None where neither an EMA nor revival asks for them.
-        """
+    def observe(self, rows: torch.Tensor, ids: torch.Tensor, backend: str) -> None:
+        """Counts a training batch and moves the codebooks by it: rows [N, G, C], where finite, chose ids [N, G]."""
         if not self.training or _recomputing():
             return
+        rows = rows.detach()
+        good = rows.isfinite().all(-1)
         offset = torch.arange(self.groups, device=ids.device) * self.codes
         batch = torch.zeros_like(self.hits).view(-1).scatter_add_(0, (ids + offset).reshape(-1), good.to(torch.int64).reshape(-1))
         batch = batch.view_as(self.hits)
         self.hits += batch
         if self.update == "ema":
-            unit = self._unit(rows.detach().to(self.table_0.dtype), backend)
+            unit = self._unit(rows.to(self.table_0.dtype), backend)
             counts, sums = ops.code_statistics(unit, ids, (self.groups, self.codes), backend=backend)
             _all_reduce(counts, sums)
             joined = self.joined()
@@ -157,18 +185,18 @@ class Codebook(nn.Module):
             counts = batch.to(self.ema_counts.dtype)
             _all_reduce(counts)
             self.ema_counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
-        if self.dead_code_threshold > 0 and ids.shape[0] > 0:
-            self._revive(rows.detach(), good, backend)
+        if self.dead_code_threshold > 0:
+            self._revive(rows, good, backend)
 
     def _revive(self, rows: torch.Tensor, good: torch.Tensor, backend: str) -> None:
-        dead = self.ema_counts < self.dead_code_threshold
-        pick = torch.randint(rows.shape[0], (self.codes,), device=rows.device)
-        fresh = self._unit(rows[pick].to(self.table_0.dtype), backend).transpose(0, 1)
-        take = dead & good[pick].transpose(0, 1)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            fresh = fresh.contiguous()
-            torch.distributed.broadcast(fresh, 0)
-            torch.distributed.broadcast(take, 0)
+        fresh, take = self.joined(), torch.zeros_like(self.ema_counts, dtype=torch.bool)
+        if rows.shape[0]:
+            pick = torch.randint(rows.shape[0], (self.codes,), device=rows.device)
+            fresh = self._unit(rows[pick].to(self.table_0.dtype), backend).transpose(0, 1).contiguous()
+            take = (self.ema_counts < self.dead_code_threshold) & good[pick].transpose(0, 1)
+        take = take.to(torch.uint8)
+        _broadcast(fresh, take)
+        take = take.bool()
         self._write(torch.where(take[..., None], fresh, self.joined()))
         self.ema_counts.masked_fill_(take, 1.0)
         if self.update == "ema":
@@ -185,9 +213,4 @@ class Codebook(nn.Module):
         return float(entropy.exp().mean()) if bool((self.hits > 0).any()) else 0.0
 
     def _apply(self, fn, recurse=True):
-        before = {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
-        super()._apply(fn, recurse)
-        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
-                tensor.data = before[name].to(tensor.device)
-        return self
+        return keep_precision(self, super()._apply, fn, recurse)

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
-from tokenflow_ext._codebook import Codebook
+from tokenflow_ext._codebook import Codebook, keep_precision
 from tokenflow_ext._types import Quantized
+from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._native import BACKENDS
+from tokenflow_ext.ops.multiscale import quantize_with_rows
 from tokenflow_ext.reference.entropy import entropy_loss
 
 __all__ = ["MultiScaleQuantizer", "Quantized", "SharedIndexQuantizer", "VectorQuantizer"]
@@ -90,8 +92,7 @@ class _Quantizer(nn.Module):
             quantized = torch.cat(quantized, dim=-1)
         if self.training:
             loss = self._with_entropy(loss, [grouped])
-            good = grouped.isfinite().all(-1)
-            self.codebook.observe(grouped, indices.reshape(grouped.shape[:2]), good, self.backend)
+            self.codebook.observe(grouped, indices.reshape(grouped.shape[:2]), self.backend)
         return Quantized(self._restore(quantized), indices, loss)
 
     def _with_entropy(self, loss: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -99,7 +100,7 @@ class _Quantizer(nn.Module):
         if self.entropy_weight == 0:
             return loss
         tables = self.codebook.tables()
-        if self.codebook.wants_rows():  # the tables move before backward reads them
+        if self.codebook.moves():  # the tables move before backward reads them
             tables = [table.clone() for table in tables]
         for part in rows:
             x = part if self.codebook.groups > 1 else part[:, 0].split(self.codebook.widths, dim=-1)
@@ -222,7 +223,7 @@ class SharedIndexQuantizer(_Quantizer):
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
         dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
-        if isinstance(dims, int) or not 1 <= len(dims) <= 16:
+        if not isinstance(dims, Sequence) or isinstance(dims, str) or not 1 <= len(dims) <= 16:
             raise ValueError(f"SharedIndexQuantizer: dims: wanted 1 to 16 widths, got {dims!r}")
         super().__init__(
             dims, codebook_size, 1, weights, metric, update, commitment_weight, codebook_weight, entropy_weight,
@@ -261,18 +262,22 @@ class MultiScaleQuantizer(nn.Module):
         name = "MultiScaleQuantizer"
         if not isinstance(quantizer, _Quantizer) or quantizer.codebook.groups != 1:
             raise ValueError(f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got {quantizer!r}")
-        if not 0 <= scale_dropout <= 1:
+        if not 0 <= ops._check.number(name, "scale_dropout", scale_dropout) <= 1:
             raise ValueError(f"{name}: scale_dropout: wanted a probability, got {scale_dropout}")
-        self.scales = [(s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in scales]
-        if not self.scales or min(min(s) for s in self.scales) < 1:
-            raise ValueError(f"{name}: scales: wanted at least one grid of at least 1 x 1, got {list(scales)}")
+        self.scales = _multiscale_check.grids(name, scales)
+        _multiscale_check.loss_on(name, loss_on, phi)
+        _multiscale_check.unit_codes(name, quantizer.metric, normalize_codes)
         self.quantizer, self.loss_on, self.normalize_codes = quantizer, loss_on, normalize_codes
         self.scale_dropout = scale_dropout
         self.phi_ratio = self.phi_assignment = None
         if phi is not None:
+            _multiscale_check.phi_rows(name, phi, quantizer.dim, len(self.scales))
             weight, bias, self.phi_ratio, self.phi_assignment = phi
             for key, value in (("phi_weight", weight), ("phi_bias", bias)):
                 self.register_parameter(key, value) if isinstance(value, nn.Parameter) else self.register_buffer(key, value)
+
+    def _apply(self, fn, recurse=True):
+        return keep_precision(self, super()._apply, fn, recurse)
 
     def _options(self, scales: Sequence[int] | None = None) -> dict:
         """Keywords of the multi-scale ops for the scales at these positions (all by default)."""
@@ -307,18 +312,16 @@ class MultiScaleQuantizer(nn.Module):
         q, kept = self.quantizer, self._kept()
         common = {**self._options(kept), "weights": q.weights, "loss_on": self.loss_on}
         weights = {"commitment_weight": q.commitment_weight, "codebook_weight": q.codebook_weight}
-        if self.training and features.dim() == 4 and features.shape[1] == q.dim:
+        _multiscale_check.maps("MultiScaleQuantizer", features)
+        if self.training and features.shape[1] == q.dim:
             q.codebook.initialise(features.movedim(1, -1).reshape(-1, 1, q.dim), q.weights, q.backend)
-        f_hat, indices, loss = ops.multiscale_quantize(features, q.codebooks(), **common, **weights)
-        if self.training:
-            rows = None
-            good = features.isfinite().flatten(1).all(1)[:, None].expand(indices.shape)
-            if q.codebook.wants_rows() or q.entropy_weight > 0:
-                rows = ops.multiscale_rows(features, indices, q.codebooks(), **common)
-                good = rows.isfinite().all(-1)
-                loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in rows.split(self._lengths(kept), dim=1)])
-                rows = rows.reshape(-1, 1, q.dim)
-            q.codebook.observe(rows, indices.reshape(-1, 1), good.reshape(-1, 1), q.backend)
+        if not self.training:
+            return ops.multiscale_quantize(features, q.codebooks(), **common, **weights)
+        (f_hat, indices, loss), rows = quantize_with_rows(features, q.codebooks(), **common, **weights)
+        if q.entropy_weight > 0:
+            pooled = ops.multiscale_rows(features, indices, q.codebooks(), **common)
+            loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in pooled.split(self._lengths(kept), dim=1)])
+        q.codebook.observe(rows.reshape(-1, 1, q.dim), indices.reshape(-1, 1), q.backend)
         return Quantized(f_hat, self._with_dropped(indices, kept), loss)
 
     def _with_dropped(self, indices: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
@@ -353,6 +356,9 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: a length that is not whole scales.
         """
+        ops._check.ids("MultiScaleQuantizer.split", "indices", indices)
+        if indices.dim() != 2:
+            raise ValueError(f"MultiScaleQuantizer.split: indices: wanted [B, whole scales], got {list(indices.shape)}")
         maps, at = [], 0
         for h, w in self.scales:
             if at == indices.shape[1]:

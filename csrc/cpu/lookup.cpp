@@ -8,9 +8,11 @@ TOKENFLOW_BEGIN
 static int64_t bytes_of(Type type) { return type == kFloat64 || type == kInt64 ? 8 : type == kFloat32 ? 4 : 2; }
 
 Error lookup(View indices, View codebook, View rows, View status, int threads) noexcept {
-  if (indices.rank != 2 || codebook.rank != 3 || rows.rank != 3) return "lookup: wanted [N, G], [G, K, C], [N, G, C]";
-  if (!indices.contiguous || !codebook.contiguous || !rows.contiguous) return "lookup: wanted contiguous tensors";
-  if (indices.type != kInt64 || rows.type != codebook.type) return "lookup: wanted int64 ids, rows of the codebook's type";
+  if (!dense(indices, 2) || !dense(codebook, 3) || indices.type != kInt64 || !floating(codebook))
+    return "lookup: wanted contiguous int64 indices [N, G] and floats codebook [G, K, C]";
+  if (indices.shape[1] != codebook.shape[0]) return "lookup: indices: wanted the groups of the codebook";
+  if (!holds(rows, codebook.type, indices.shape[0] * indices.shape[1] * codebook.shape[2]) || !holds(status, kInt64, 1))
+    return "lookup: rows: wanted [N, G, C] of the codebook's type";
   const int64_t groups = codebook.shape[0], codes = codebook.shape[1], channels = codebook.shape[2];
   const int64_t count = indices.shape[0] * groups, bytes = channels * bytes_of(codebook.type);
   const int64_t* ids = static_cast<const int64_t*>(indices.data);
@@ -54,8 +56,13 @@ static void sum_rows(const View& rows, const int64_t* order, const int64_t* star
 }
 
 Error lookup_backward(View indices, View grad_rows, View order, View starts, View grad_codebook, int threads) noexcept {
-  if (indices.rank != 2 || grad_rows.rank != 3 || grad_codebook.rank != 3) return "lookup_backward: wanted [N, G], [N, G, C], [G, K, C]";
-  if (!indices.contiguous || !grad_rows.contiguous || !grad_codebook.contiguous) return "lookup_backward: wanted contiguous tensors";
+  if (!dense(indices, 2) || !dense(grad_rows, 3) || !dense(grad_codebook, 3) || indices.type != kInt64 || !floating(grad_rows))
+    return "lookup_backward: wanted contiguous int64 indices [N, G], floats grad_rows [N, G, C], grad_codebook [G, K, C]";
+  const int64_t rows = indices.shape[0], groups = grad_codebook.shape[0];
+  if (indices.shape[1] != groups || grad_rows.shape[0] != rows || grad_rows.shape[1] != groups ||
+      grad_rows.shape[2] != grad_codebook.shape[2] || grad_codebook.type != grad_rows.type ||
+      !holds(order, kInt64, rows * groups) || !holds(starts, kInt64, groups * (grad_codebook.shape[1] + 1)))
+    return "lookup_backward: wanted gradients and workspace that fit the rows";
   int64_t* sorted = static_cast<int64_t*>(order.data);
   int64_t* begin = static_cast<int64_t*>(starts.data);
   sort_by_code(static_cast<const int64_t*>(indices.data), indices.shape[0], grad_codebook.shape[0],

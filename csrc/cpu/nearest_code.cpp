@@ -72,10 +72,15 @@ static Error run(const View& x, const View& codebook, const Tables& tables, int6
 
 Error nearest_code(View x, View codebook, Tables tables, int64_t lo, int64_t hi, View staged, View packed,
                    View indices, View scores, View status, int threads) noexcept {
-  if (x.rank != 3 || codebook.rank != 3 || indices.rank != 3) return "nearest_code: wanted x, codebook, indices of rank 3";
-  if (!x.contiguous || !codebook.contiguous || !indices.contiguous) return "nearest_code: wanted contiguous tensors";
-  if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0])
+  if (!dense(x, 3) || !dense(codebook, 3) || !dense(indices, 3) || !floating(x) || indices.type != kInt64)
+    return "nearest_code: wanted contiguous floats x [N, G, C], codebook [G, K, C] and int64 indices [N, G, topk]";
+  if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0] || !covers(tables, x.shape[2]))
     return "nearest_code: codebook: wanted the groups and the width of x";
+  if (indices.shape[0] != x.shape[0] || indices.shape[1] != x.shape[1] || !holds(status, kInt64, 1) ||
+      !holds(staged, codebook.type, x.shape[0] * x.shape[2]) ||
+      !holds(packed, codebook.type, (hi - lo + 31) / 32 * 32 * (x.shape[2] + 1)) ||
+      (scores.type != kNone && !holds(scores, codebook.type, x.shape[0] * x.shape[1] * indices.shape[2])))
+    return "nearest_code: wanted outputs and workspace that fit the rows";
   if (lo < 0 || hi > codebook.shape[1] || hi - lo < indices.shape[2]) return "nearest_code: window: wanted topk codes";
   if (scores.type == kNone && indices.shape[2] > 64) return "nearest_code: topk: wanted a scores tensor above 64";
   if (codebook.type == kFloat64)

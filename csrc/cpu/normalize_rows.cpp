@@ -59,7 +59,8 @@ static void backward(const View& x, const View& grad_y, const View& grad_x, int 
 }
 
 Error normalize_rows(View x, View y, int threads) noexcept {
-  if (x.rank != 2 || y.rank != 2 || !x.contiguous || !y.contiguous) return "normalize_rows: x: wanted contiguous [N, C]";
+  if (!dense(x, 2) || !floating(x)) return "normalize_rows: x: wanted contiguous floats [N, C]";
+  if (!holds(y, x.type, x.shape[0] * x.shape[1])) return "normalize_rows: y: wanted the shape and type of x";
   if (x.type == kFloat64)
     forward<double>(x, y, threads);
   else
@@ -68,8 +69,9 @@ Error normalize_rows(View x, View y, int threads) noexcept {
 }
 
 Error normalize_rows_backward(View x, View grad_y, View grad_x, int threads) noexcept {
-  if (x.rank != 2 || grad_y.rank != 2 || grad_x.rank != 2 || !x.contiguous || !grad_y.contiguous || !grad_x.contiguous)
-    return "normalize_rows_backward: wanted contiguous [N, C]";
+  if (!dense(x, 2) || !floating(x)) return "normalize_rows_backward: x: wanted contiguous floats [N, C]";
+  if (!holds(grad_y, x.type, x.shape[0] * x.shape[1]) || !holds(grad_x, x.type, x.shape[0] * x.shape[1]))
+    return "normalize_rows_backward: wanted gradients of the shape and type of x";
   if (x.type == kFloat64)
     backward<double>(x, grad_y, grad_x, threads);
   else

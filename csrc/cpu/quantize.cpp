@@ -3,7 +3,7 @@
 //   dL/dy = dL/dquantized + grad_loss * 2 commitment (y - q) / (N G C)     (straight-through: d quantized / dy = 1)
 //   dL/dq_k = sum over rows of code k of grad_loss * 2 codebook_weight (q - y) / (N G C)
 // and both go through the normalisation where there was one. Source: tokenflow.md 1.2, checked against autograd.
-// Bytes moved per row: C in, C + 8 out; kept for backward: ids, code norms, nothing of size N x K.
+// Moved per row: C numbers in, C and an id out; kept for backward: x, code rows, code norms, ids, nothing of size N x K.
 #include "common/ops.h"
 #include "cpu/codes.h"
 #include "cpu/search.h"
@@ -72,14 +72,19 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
 Error quantize(View x, View codebook, Tables tables, double loss_weight, View searched, View staged, View packed, View partial,
                View quantized, View indices, View loss, View code_rows, View code_norms, View status,
                int threads) noexcept {
-  if (x.rank != 3 || codebook.rank != 3 || quantized.rank != 3 || indices.rank != 2)
-    return "quantize: wanted x [N, G, C], codebook [G, K, C], quantized [N, G, C], indices [N, G]";
-  if (!x.contiguous || !codebook.contiguous || !quantized.contiguous || !indices.contiguous)
-    return "quantize: wanted contiguous tensors";
-  if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0])
+  if (!dense(x, 3) || !dense(codebook, 3) || !floating(x))
+    return "quantize: wanted contiguous floats x [N, G, C] and codebook [G, K, C]";
+  if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0] || !covers(tables, x.shape[2]))
     return "quantize: codebook: wanted the groups and the width of x";
   if (codebook.shape[1] < 1) return "quantize: codebook: wanted at least one code";
-  if (quantized.type != x.type) return "quantize: quantized: wanted the type of x";
+  const int64_t rows = x.shape[0], numbers = rows * x.shape[1] * x.shape[2];
+  if (!holds(quantized, x.type, numbers) || !holds(indices, kInt64, rows * x.shape[1]) || !holds(loss, codebook.type, 1) ||
+      !holds(status, kInt64, 1) || !holds(searched, codebook.type, rows * x.shape[2]) ||
+      !holds(staged, codebook.type, rows * x.shape[2]) || !holds(partial, kFloat64, x.shape[1] * ((rows + 63) / 64)) ||
+      !holds(packed, codebook.type, (codebook.shape[1] + 31) / 32 * 32 * (x.shape[2] + 1)) ||
+      (code_rows.type != kNone && !holds(code_rows, codebook.type, numbers)) ||
+      (code_norms.type != kNone && !holds(code_norms, codebook.type, rows * x.shape[1] * tables.count)))
+    return "quantize: wanted outputs and workspace that fit the rows";
   if (codebook.type == kFloat64)
     forward<double>(x, codebook, tables, loss_weight, searched, staged, packed, partial, quantized, indices, loss, code_rows,
                     code_norms, status, threads);
@@ -150,11 +155,18 @@ static void backward(const View& x, const View& code_rows, const View& code_norm
 Error quantize_backward(View x, View code_rows, View code_norms, View indices, View grad_quantized, View grad_loss,
                         Tables tables, double commitment_weight, double codebook_weight, View spare, View order,
                         View starts, View grad_x, View grad_codebook, int threads) noexcept {
-  if (x.rank != 3 || code_rows.rank != 3 || indices.rank != 2)
-    return "quantize_backward: wanted x and code_rows [N, G, C], indices [N, G]";
-  if (!x.contiguous || !code_rows.contiguous || !code_norms.contiguous || !indices.contiguous ||
-      !grad_quantized.contiguous || !grad_x.contiguous || !grad_codebook.contiguous)
-    return "quantize_backward: wanted contiguous tensors";
+  if (!dense(x, 3) || !floating(x) || !covers(tables, x.shape[2]))
+    return "quantize_backward: wanted contiguous floats x [N, G, C]";
+  const int64_t rows = x.shape[0] * x.shape[1], numbers = rows * x.shape[2];
+  const Type real = code_rows.type;
+  const int64_t codes = grad_codebook.rank == 3 ? grad_codebook.shape[1] : 0;
+  if (!holds(code_rows, real, numbers) || !holds(indices, kInt64, rows) || !holds(spare, real, 2 * numbers) ||
+      !holds(order, kInt64, rows) || !holds(starts, kInt64, x.shape[1] * (codes + 1)) ||
+      (tables.unit_codes && !holds(code_norms, real, rows * tables.count)) ||
+      (grad_quantized.type != kNone && !holds(grad_quantized, x.type, numbers)) ||
+      (grad_loss.type != kNone && !holds(grad_loss, real, 1)) || (grad_x.type != kNone && !holds(grad_x, x.type, numbers)) ||
+      (grad_codebook.type != kNone && !holds(grad_codebook, real, x.shape[1] * codes * x.shape[2])))
+    return "quantize_backward: wanted gradients and workspace that fit the rows";
   if (code_rows.type == kFloat64)
     backward<double>(x, code_rows, code_norms, indices, grad_quantized, grad_loss, tables, commitment_weight,
                      codebook_weight, spare, order, starts, grad_x, grad_codebook, threads);

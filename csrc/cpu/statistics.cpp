@@ -57,10 +57,13 @@ static void statistics(const View& x, const int64_t* order, const int64_t* start
 
 Error code_statistics(View x, View indices, View order, View starts, View counts, View sums, View status,
                       int threads) noexcept {
-  if (x.rank != 3 || indices.rank != 2 || counts.rank != 2 || sums.rank != 3)
-    return "code_statistics: wanted x [N, G, C], indices [N, G], counts [G, K], sums [G, K, C]";
-  if (!x.contiguous || !indices.contiguous || !counts.contiguous || !sums.contiguous)
-    return "code_statistics: wanted contiguous tensors";
+  if (!dense(x, 3) || !dense(indices, 2) || !dense(counts, 2) || !floating(x) || indices.type != kInt64)
+    return "code_statistics: wanted contiguous floats x [N, G, C], int64 indices [N, G], counts [G, K]";
+  const int64_t rows = x.shape[0], groups = x.shape[1], codes = counts.shape[1];
+  if (indices.shape[0] != rows || indices.shape[1] != groups || counts.shape[0] != groups || counts.type > kFloat64 ||
+      !holds(sums, counts.type, groups * codes * x.shape[2]) || !holds(order, kInt64, rows * groups) ||
+      !holds(starts, kInt64, groups * (codes + 1)) || !holds(status, kInt64, 2))
+    return "code_statistics: wanted outputs and workspace that fit the rows";
   int64_t* sorted = static_cast<int64_t*>(order.data);
   int64_t* begin = static_cast<int64_t*>(starts.data);
   int64_t* state = static_cast<int64_t*>(status.data);
@@ -107,10 +110,12 @@ static void update(const View& codebook, const View& ema_counts, const View& ema
 
 Error ema_update(View codebook, View ema_counts, View ema_sums, View counts, View sums, Tables tables, double decay,
                  double eps, bool normalize_mean, int threads) noexcept {
-  if (codebook.rank != 3 || ema_counts.rank != 2 || ema_sums.rank != 3 || counts.rank != 2 || sums.rank != 3)
-    return "ema_update_: wanted codebook and sums [G, K, C], counts [G, K]";
-  if (!codebook.contiguous || !ema_counts.contiguous || !ema_sums.contiguous || !counts.contiguous || !sums.contiguous)
-    return "ema_update_: wanted contiguous tensors";
+  if (!dense(codebook, 3) || codebook.type < kFloat32 || codebook.type > kFloat64 || !covers(tables, codebook.shape[2]))
+    return "ema_update_: codebook: wanted contiguous float32 or float64 [G, K, C]";
+  const int64_t count = codebook.shape[0] * codebook.shape[1], numbers = count * codebook.shape[2];
+  if (!holds(ema_counts, codebook.type, count) || !holds(counts, codebook.type, count) ||
+      !holds(ema_sums, codebook.type, numbers) || !holds(sums, codebook.type, numbers))
+    return "ema_update_: wanted counts [G, K] and sums [G, K, C] of the codebook's type";
   if (codebook.type == kFloat64)
     update<double>(codebook, ema_counts, ema_sums, counts, sums, tables, decay, eps, normalize_mean, threads);
   else

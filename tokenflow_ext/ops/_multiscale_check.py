@@ -45,48 +45,51 @@ def _pair(op: str, name: str, value) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def _grids(op: str, scales, size: tuple[int, int]) -> list[tuple[int, int]]:
+def grids(op: str, scales) -> list[tuple[int, int]]:
+    """Scales as pairs (h, w)."""
     if not isinstance(scales, Sequence) or isinstance(scales, str):
         raise TypeError(f"{op}: scales: wanted a sequence of ints or pairs (h, w), got {type(scales).__name__}")
     if len(scales) < 1:
         raise ValueError(f"{op}: scales: wanted at least one, got none")
-    pairs = [_pair(op, f"scales[{i}]", scale) for i, scale in enumerate(scales)]
-    for i, (h, w) in enumerate(pairs):
-        if h > size[0] or w > size[1]:
-            raise ValueError(f"{op}: scales[{i}]: wanted at most the map's {size}, got {(h, w)}")
-    return pairs
+    return [_pair(op, f"scales[{i}]", scale) for i, scale in enumerate(scales)]
+
+
+def unit_codes(op: str, metric: str, normalize_codes: bool | None) -> bool:
+    """Whether maps are made of unit codes."""
+    if normalize_codes is not None and not isinstance(normalize_codes, bool):
+        raise TypeError(f"{op}: normalize_codes: wanted None, True or False, got {type(normalize_codes).__name__}")
+    if normalize_codes and metric != "cosine":
+        raise ValueError(f"{op}: normalize_codes: wanted None or False for metric {metric!r}, got True")
+    return metric == "cosine" if normalize_codes is None else normalize_codes
 
 
 def _tables(op: str, codebooks) -> list[int]:
-    if isinstance(codebooks, torch.Tensor) or not isinstance(codebooks, Sequence):
-        raise TypeError(f"{op}: codebooks: wanted a sequence of tensors, one a table, got {type(codebooks).__name__}")
-    if not 1 <= len(codebooks) <= 16:
-        raise ValueError(f"{op}: codebooks: wanted 1 to 16 tables, got {len(codebooks)}")
+    _check.sequence(op, "codebooks", codebooks)
     for t, codebook in enumerate(codebooks):
         _check.table(op, f"codebooks[{t}]", codebook, grouped=False)
         _check.same_device(op, **{"codebooks[0]": codebooks[0], f"codebooks[{t}]": codebook})
-        if codebook.shape[0] != codebooks[0].shape[0]:
-            raise ValueError(
-                f"{op}: codebooks[{t}]: wanted {codebooks[0].shape[0]} codes as in codebooks[0], got {codebook.shape[0]}"
-            )
+        _check.same_codes(op, codebooks, t)
     return [c.shape[1] for c in codebooks]
 
 
-def _phi(op: str, phi, channels: int, scales: int, like: torch.Tensor) -> list[int]:
+def phi_rows(op: str, phi, channels: int, scales: int) -> list[int]:
     """The row of phi of every scale."""
     if phi is None:
         return [0] * scales
     if not isinstance(phi, Sequence) or len(phi) != 4:
         raise TypeError(f"{op}: phi: wanted (weight, bias, ratio, assignment), got {type(phi).__name__}")
-    weight, bias, _, assignment = phi
+    weight, bias, ratio, assignment = phi
+    _check.number(op, "phi ratio", ratio)
     _check.floating(op, "phi weight", weight)
     _check.floating(op, "phi bias", bias)
-    _check.same_device(op, codebooks=like, **{"phi weight": weight, "phi bias": bias})
+    _check.same_device(op, **{"phi weight": weight, "phi bias": bias})
     if weight.dim() != 5 or weight.shape[0] < 1 or tuple(weight.shape[1:]) != (channels, channels, 3, 3):
         raise ValueError(f"{op}: phi weight: wanted [P, {channels}, {channels}, 3, 3], got {list(weight.shape)}")
     if tuple(bias.shape) != (weight.shape[0], channels):
         raise ValueError(f"{op}: phi bias: wanted {[weight.shape[0], channels]}, got {list(bias.shape)}")
-    rows = [int(p) for p in assignment]
+    if not isinstance(assignment, Sequence):
+        raise TypeError(f"{op}: phi assignment: wanted one row a scale, got {type(assignment).__name__}")
+    rows = [_check.integer(op, "phi assignment", p) for p in assignment]
     if len(rows) != scales or not all(0 <= p < weight.shape[0] for p in rows):
         raise ValueError(f"{op}: phi assignment: wanted {scales} rows in [0, {weight.shape[0]}), got {rows}")
     return rows
@@ -96,19 +99,22 @@ def setup(op, codebooks, scales, size, metric, phi, normalize_codes, *, weights=
     """Checks of everything that the four ops have in common."""
     widths = _tables(op, codebooks)
     _check.metric(op, metric)
-    if normalize_codes and metric != "cosine":
-        raise ValueError(f"{op}: normalize_codes: wanted None or False for metric {metric!r}, got True")
+    unit = unit_codes(op, metric, normalize_codes)
     size = _pair(op, "size", tuple(size) if isinstance(size, torch.Size) else size)
     if features is not None:
         _check.same_device(op, features=features, **{"codebooks[0]": codebooks[0]})
         if features.shape[1] != sum(widths):
             raise ValueError(f"{op}: features: wanted {sum(widths)} channels, as many as the tables, got {features.shape[1]}")
-    pairs = _grids(op, scales, size)
-    rows = _phi(op, phi, sum(widths), len(pairs), codebooks[0])
-    grids = [n for (h, w), p in zip(pairs, rows) for n in (h, w, p)]
-    unit = metric == "cosine" if normalize_codes is None else bool(normalize_codes)
+    pairs = grids(op, scales)
+    for i, (h, w) in enumerate(pairs):
+        if h > size[0] or w > size[1]:
+            raise ValueError(f"{op}: scales[{i}]: wanted at most the map's {size}, got {(h, w)}")
+    rows = phi_rows(op, phi, sum(widths), len(pairs))
+    if phi is not None:
+        _check.same_device(op, **{"codebooks[0]": codebooks[0], "phi weight": phi[0]})
+    flat = [n for (h, w), p in zip(pairs, rows) for n in (h, w, p)]
     wide = real(*codebooks) if features is None else real(features, *codebooks)
-    return Setup(widths, _check.table_weights(op, weights, len(widths)), metric, unit, grids, size, phi, wide)
+    return Setup(widths, _check.table_weights(op, weights, len(widths)), metric, unit, flat, size, phi, wide)
 
 
 def maps(op: str, features) -> torch.Tensor:
@@ -144,7 +150,7 @@ def prefix(op: str, indices, made: Setup, codebooks, *, whole: bool = False) -> 
 
 def values_of_ids(op: str, indices, made: Setup, codes: int) -> None:
     """ValueError for ids that are neither in the table nor part of a dropped scale; read on the CPU only."""
-    if indices.device.type != "cpu":
+    if indices.device.type != "cpu" or torch.compiler.is_compiling():
         return
     outside, start = 0, 0
     for cells in made.cells:

@@ -19,12 +19,6 @@ Scales = Sequence[int | tuple[int, int]]
 Phi = tuple[Tensor, Tensor, float, Sequence[int]]
 
 
-def _twin(function, device: torch.device, *args, **options):
-    """The twin computes in float32 whatever autocast says, like the kernels."""
-    with torch.autocast(device.type, enabled=False):
-        return function(*args, **options)
-
-
 def multiscale_quantize(
     features: Tensor,
     codebooks: Sequence[Tensor],
@@ -80,6 +74,16 @@ def multiscale_quantize(
         >>> quantized.shape, indices.shape
         (torch.Size([2, 8, 4, 4]), torch.Size([2, 21]))
     """
+    options = {"scales": scales, "metric": metric, "weights": weights, "phi": phi, "loss_on": loss_on}
+    loss_weights = {"commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
+    options = {**options, **loss_weights, "normalize_codes": normalize_codes, "backend": backend}
+    return quantize_with_rows(features, codebooks, **options)[0]
+
+
+def quantize_with_rows(
+    features, codebooks, *, scales, metric, weights, phi, commitment_weight, codebook_weight, loss_on, normalize_codes, backend
+) -> tuple[Quantized, Tensor]:  # fmt: skip
+    """`multiscale_quantize` and the rows [B, L, C] that it searched for, without gradient: what training statistics need."""
     op = "multiscale_quantize"
     check.maps(op, features)
     accumulated = check.loss_on(op, loss_on, phi)
@@ -89,17 +93,17 @@ def multiscale_quantize(
     commitment_weight = _check.non_negative(op, "commitment_weight", commitment_weight)
     codebook_weight = _check.non_negative(op, "codebook_weight", codebook_weight)
     if not use_native(op, backend, features.device):
-        return _twin(
-            reference.multiscale_quantize, features.device, features, codebooks, scales=scales, metric=metric,
-            weights=made.weights, phi=phi, commitment_weight=commitment_weight, codebook_weight=codebook_weight,
-            loss_on=loss_on, normalize_codes=normalize_codes,
-        )  # fmt: skip
+        options = {"scales": scales, "metric": metric, "weights": made.weights, "phi": phi, "loss_on": loss_on}
+        options = {**options, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
+        out = reference.multiscale_quantize(features, codebooks, **options, normalize_codes=normalize_codes)
+        with torch.no_grad():
+            return out, reference.multiscale_rows(features, out.indices, codebooks, **options, normalize_codes=normalize_codes)
     weight, bias, ratio = made.phi_tensors()
     out = torch.ops.tokenflow_ext.multiscale_quantize(
         features, made.codebook(codebooks), weight, bias, made.grids, made.widths, made.weights, metric, made.unit_codes,
         ratio, accumulated, commitment_weight, codebook_weight,
     )  # fmt: skip
-    return Quantized(*out[:3])
+    return Quantized(*out[:3]), out[3]
 
 
 def multiscale_rows(
@@ -159,8 +163,8 @@ def multiscale_rows(
         raise ValueError(f"{op}: indices: wanted {features.shape[0]} rows, as many as features, got {indices.shape[0]}")
     if not use_native(op, backend, features.device):
         check.values_of_ids(op, indices, made, len(codebooks[0]))
-        return _twin(
-            reference.multiscale_rows, features.device, features, indices, codebooks, scales=scales, metric=metric, phi=phi,
+        return reference.multiscale_rows(
+            features, indices, codebooks, scales=scales, metric=metric, phi=phi,
             loss_on=loss_on, normalize_codes=normalize_codes,
         )  # fmt: skip
     weight, bias, ratio = (p.detach() if isinstance(p, Tensor) else p for p in made.phi_tensors())
@@ -210,8 +214,8 @@ def multiscale_decode(
     check.prefix(op, indices, made, codebooks)
     if not use_native(op, backend, indices.device):
         check.values_of_ids(op, indices, made, len(codebooks[0]))
-        return _twin(
-            reference.multiscale_decode, indices.device, indices, codebooks, scales=scales, size=size, metric=metric, phi=phi,
+        return reference.multiscale_decode(
+            indices, codebooks, scales=scales, size=size, metric=metric, phi=phi,
             normalize_codes=normalize_codes,
         )  # fmt: skip
     weight, bias, ratio = made.phi_tensors()
@@ -271,12 +275,14 @@ def multiscale_inputs(
         raise ValueError(f"{op}: rule: wanted 'accumulate' or 'chain', got {rule!r}")
     if phi is not None and rule == "chain":
         raise ValueError(f"{op}: phi: wanted rule='accumulate' with it, got rule='chain'")
+    if refine is not None:
+        _check.integer(op, "refine", refine)
     if refine is not None and (rule != "chain" or not 2 <= refine <= p):
         raise ValueError(f"{op}: refine: wanted a scale in 2..{p} that has ids, with rule='chain', got {refine} with rule={rule!r}")
     if not use_native(op, backend, indices.device):
         check.values_of_ids(op, indices, made, len(codebooks[0]))
-        return _twin(
-            reference.multiscale_inputs, indices.device, indices, codebooks, scales=scales, size=size, rule=rule,
+        return reference.multiscale_inputs(
+            indices, codebooks, scales=scales, size=size, rule=rule,
             refine=refine, metric=metric, phi=phi, normalize_codes=normalize_codes,
         )  # fmt: skip
     codebook = made.codebook(codebooks)

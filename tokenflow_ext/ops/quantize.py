@@ -9,14 +9,15 @@ from tokenflow_ext.ops._native import LIBRARY, _C, define, define_backward, real
 from tokenflow_ext.ops.search import concatenate, packed_size, tables_of
 
 
-def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_weight):
+def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward):
     x, codebook = x.contiguous(), codebook.contiguous()
     rows, groups, channels = x.shape
     quantized = torch.empty_like(x)
     indices = torch.empty((rows, groups), dtype=torch.int64)
     loss, status = codebook.new_empty(()), torch.empty(1, dtype=torch.int64)
-    code_rows = codebook.new_empty(x.shape) if x.dtype != codebook.dtype else None
-    code_norms = codebook.new_empty((rows, groups, len(widths))) if metric == "cosine" else None
+    # What backward reads: never the codebook, which an EMA may have moved by then, nor the output, which is the user's.
+    code_rows = codebook.new_empty(x.shape) if for_backward else None
+    code_norms = codebook.new_empty((rows, groups, len(widths))) if for_backward and metric == "cosine" else None
     searched, staged = codebook.new_empty((2, rows, channels)).unbind()
     packed = codebook.new_empty(packed_size(codebook.shape[1], channels))
     partial = torch.empty((groups, -(-rows // 64)), dtype=torch.float64)
@@ -31,14 +32,14 @@ def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_
     return quantized, indices, loss, code_rows, code_norms
 
 
-def _quantize_fake(x, codebook, widths, weights, metric, commitment_weight, codebook_weight):
+def _quantize_fake(x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward):
     rows, groups, _ = x.shape
     return (
         x.new_empty(x.shape),
         x.new_empty((rows, groups), dtype=torch.int64),
         codebook.new_empty(()),
-        codebook.new_empty(x.shape if x.dtype != codebook.dtype else (0,)),
-        codebook.new_empty((rows, groups, len(widths)) if metric == "cosine" else (0,)),
+        codebook.new_empty(x.shape if for_backward else (0,)),
+        codebook.new_empty((rows, groups, len(widths)) if for_backward and metric == "cosine" else (0,)),
     )
 
 
@@ -72,13 +73,11 @@ def _quantize_backward_fake(
 
 
 def _setup(ctx, inputs, output):
-    x, codebook, widths, weights, metric, commitment_weight, codebook_weight = inputs
-    quantized, indices, loss, code_rows, code_norms = output
+    x, codebook, widths, weights, metric, commitment_weight, codebook_weight, _ = inputs
+    _, indices, _, code_rows, code_norms = output
     ctx.mark_non_differentiable(indices, code_rows, code_norms)
     ctx.set_materialize_grads(False)
-    # Backward reads the rows that were chosen, never the codebook: EMA may have moved it by then. In the codebook's own
-    # type those rows are the output itself.
-    ctx.save_for_backward(x, quantized if x.dtype == codebook.dtype else code_rows, code_norms, indices)
+    ctx.save_for_backward(x, code_rows, code_norms, indices)
     ctx.options = (codebook.shape[1], widths, metric, commitment_weight, codebook_weight)
 
 
@@ -86,18 +85,18 @@ def _backward(ctx, grad_quantized, grad_indices, grad_loss, *_):
     x, code_rows, code_norms, indices = ctx.saved_tensors
     wants_x, wants_codebook = ctx.needs_input_grad[:2]
     if grad_quantized is None and grad_loss is None:
-        return (None,) * 7
+        return (None,) * 8
     # Straight-through values send nothing to the codebook.
     reaches_codebook = wants_codebook and grad_loss is not None
     grad_x, grad_codebook = torch.ops.tokenflow_ext.quantize_backward(
         x, code_rows, code_norms, indices, grad_quantized, grad_loss, *ctx.options, wants_x, reaches_codebook
     )
-    return grad_x if wants_x else None, grad_codebook if reaches_codebook else None, None, None, None, None, None
+    return grad_x if wants_x else None, grad_codebook if reaches_codebook else None, *(None,) * 6
 
 
 define(
     "quantize(Tensor x, Tensor codebook, int[] widths, float[] weights, str metric, float commitment_weight, "
-    "float codebook_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float codebook_weight, bool for_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _quantize,
     _quantize_fake,
 )
@@ -109,6 +108,11 @@ define_backward(
     _quantize_backward_fake,
 )
 torch.library.register_autograd("tokenflow_ext::quantize", _backward, setup_context=_setup, lib=LIBRARY)
+
+
+def _call(x, codebook, *options):
+    for_backward = torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)
+    return torch.ops.tokenflow_ext.quantize(x, codebook, *options, for_backward)
 
 
 def quantize(
@@ -158,7 +162,7 @@ def quantize(
         _check.warn_about_rows("quantize", rows)
         return reference.quantize(x, codebook, **options)
     table = table.to(real(x, codebook))
-    out = torch.ops.tokenflow_ext.quantize(rows, table, [x.shape[-1]], [1.0], metric, commitment_weight, codebook_weight)
+    out = _call(rows, table, [x.shape[-1]], [1.0], metric, commitment_weight, codebook_weight)
     return Quantized(out[0].reshape(x.shape), out[1].reshape(x.shape[:-1]), out[2])
 
 
@@ -210,7 +214,7 @@ def shared_quantize(
         _check.warn_about_rows(op, *xs)
         return reference.shared_quantize(xs, codebooks, weights=weights, **options)
     x, codebook = concatenate(xs, codebooks)
-    out = torch.ops.tokenflow_ext.quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_weight)
+    out = _call(x, codebook, widths, weights, metric, commitment_weight, codebook_weight)
     parts = out[0].split(widths, dim=-1)
     quantized = tuple(part.reshape(x.shape) for part, x in zip(parts, xs))
     return Quantized(quantized, out[1].reshape(xs[0].shape[:-1]), out[2])

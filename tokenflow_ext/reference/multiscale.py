@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.reference._exact import exact
-from tokenflow_ext.reference.quantize import real_type, search, searched
+from tokenflow_ext.reference.quantize import lookup, real_type, search, searched
 from tokenflow_ext.reference.resample import resample
 
 Phi = tuple[Tensor, Tensor, float, Sequence[int]]
@@ -46,12 +46,6 @@ def _codes(codebooks: Sequence[Tensor], dtype: torch.dtype, metric: str, normali
     unit = metric == "cosine" if normalize_codes is None else normalize_codes
     tables = _tables(codebooks, dtype)
     return searched(tables, [c.shape[1] for c in codebooks], "cosine") if unit else tables
-
-
-def _gather(table: Tensor, indices: Tensor) -> Tensor:
-    """Rows of the table; an index outside of it reads as NaN and sends no gradient."""
-    inside = (indices >= 0) & (indices < len(table))
-    return torch.where(inside[..., None], table[torch.where(inside, indices, 0)], torch.nan)
 
 
 def _contribution(codes: Tensor, grid: tuple[int, int], size: tuple[int, int], phi: Phi | None, s: int) -> Tensor:
@@ -118,7 +112,7 @@ def multiscale_quantize(
         rows = _pooled_rows(residual, grid)
         finite = rows.isfinite().all(dim=-1, keepdim=True)
         index = search(rows.detach().flatten(0, 1)[:, None], tables[None], dims, weights, metric).view(rows.shape[:2])
-        code = torch.where(finite, _gather(codes, index), torch.nan)
+        code = torch.where(finite, lookup(index, codes), torch.nan)
         indices.append(index)
         if loss_on == "codes":
             rows = torch.where(finite, rows, 0.0)
@@ -160,7 +154,7 @@ def multiscale_rows(
         dropped = _dropped(index)
         rows = _pooled_rows(residual, grid)
         pieces.append(torch.where(dropped[..., 0], 0.0, rows))
-        code = torch.where(rows.detach().isfinite().all(dim=-1, keepdim=True), _gather(table, index), torch.nan)
+        code = torch.where(rows.detach().isfinite().all(dim=-1, keepdim=True), lookup(index, table), torch.nan)
         with torch.no_grad():
             step = _contribution(code, grid, size, phi, s)
         residual = residual - torch.where(dropped, 0.0, step)
@@ -174,7 +168,7 @@ def _running_maps(
     maps = [table.new_zeros(len(indices), *size, table.shape[1])]
     for s, (grid, index) in enumerate(zip(sizes, split_rows(indices, sizes))):
         dropped = _dropped(index)
-        codes = _gather(table, torch.where(dropped[..., 0, 0], 0, index))
+        codes = lookup(torch.where(dropped[..., 0, 0], 0, index), table)
         maps.append(maps[-1] + torch.where(dropped, 0.0, _contribution(codes, grid, size, phi, s)))
     return maps
 
@@ -207,7 +201,7 @@ def _chain_states(
         inputs.append(resample(states[-1], grid, "bicubic") if states else empty)
         if i < len(pieces):
             dropped = _dropped(pieces[i])
-            codes = _gather(table, torch.where(dropped[..., 0, 0], 0, pieces[i])).unflatten(1, grid)
+            codes = lookup(torch.where(dropped[..., 0, 0], 0, pieces[i]), table).unflatten(1, grid)
             states.append(inputs[-1] + torch.where(dropped, 0.0, codes))
     return inputs, states
 

@@ -81,10 +81,11 @@ def concatenate(xs, codebooks, weights):
 
 
 def lookup(indices, codebook):
-    """Twin of `tokenflow_ext.ops.lookup`."""
-    if codebook.dim() == 2:
-        return codebook[indices]
-    return codebook[torch.arange(codebook.shape[0], device=codebook.device), indices]
+    """Twin of `tokenflow_ext.ops.lookup`; an id outside the table reads as a NaN row without gradient."""
+    inside = (indices >= 0) & (indices < codebook.shape[-2])
+    kept = torch.where(inside, indices, 0)
+    rows = codebook[kept] if codebook.dim() == 2 else codebook[torch.arange(len(codebook), device=codebook.device), kept]
+    return torch.where(inside[..., None], rows, torch.nan)
 
 
 def shared_lookup(indices, codebooks):
