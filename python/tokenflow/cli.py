@@ -126,5 +126,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"tokenflow: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        print("tokenflow: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        hint = "; the same command goes on from the last checkpoint" if isinstance(command, Demo) else ""
+        print(f"tokenflow: stopped{hint}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -171,8 +171,10 @@ def honesty_section(results: Results) -> str:
               "Held out means: no picture of that name was trained on. Close relatives were (a “woman singer” beside a held-out “man singer”), so unseen is not unrelated." if emoji else
               "Held out means: no picture with that caption was trained on.",
               "Captions that were trained on return what the generator has learned by heart; other seeds hardly change the picture. The linear draft, shown beside it, does most of the work.",
-              "Unseen pairs were hidden from the generator, not from the tokenizer. Unseen names come out as a blur of related things, words never seen as nothing in particular.",
+              "Unseen names come out as a blur of related things, words never seen as nothing in particular.",
               "The teacher knows ImageNet's 1,000 classes; what the semantic half knows of other things, it knows from there."]
+    if "pair" in pictures.split:
+        points.append("Unseen pairs were hidden from the generator, not from the tokenizer.")
     if emoji:
         points.insert(1, f"{100 * people:.0f} % of the pictures are people in up to six tones, so accuracies are balanced over the classes.")
     if pictures.skipped:
