@@ -10,6 +10,7 @@ from tokenflow.data.pictures import Pictures
 from tokenflow.generator import draft as draft_module
 from tokenflow.generator.draft import Draft
 from tokenflow.generator.figures import cross_entropy, figures, judge
+from tokenflow.generator.head import CodeCrossEntropy
 from tokenflow.generator.model import Generator
 from tokenflow.generator.sample import draw, generate, limit, sample_tokens
 from tokenflow.generator.train import Recipe, build, train_generator
@@ -154,7 +155,24 @@ def test_some_positions_of_the_last_scale_equal_those_of_all(model, conditions):
     with torch.no_grad():
         whole, some = model(*conditions), model(*conditions, last=last)
     torch.testing.assert_close(some[:, :early], whole[:, :early], atol=TOLERANCE, rtol=TOLERANCE)
-    torch.testing.assert_close(some[:, early:], whole.gather(1, last[..., None].expand(-1, -1, whole.shape[-1])), atol=TOLERANCE, rtol=TOLERANCE)
+    picked = whole.gather(1, last[..., None].expand(-1, -1, whole.shape[-1]))
+    torch.testing.assert_close(some[:, early:], picked, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_loss_in_chunks_equals_the_plain_cross_entropy_with_its_gradients(model, conditions, coded, monkeypatch):
+    monkeypatch.setattr(CodeCrossEntropy, "CHUNK", 37)
+    tokens, weights = coded[1][:5], torch.rand(len(model.level)) + 0.1
+    last = (len(model.level) - model.lengths[-1] + torch.arange(model.lengths[-1])).expand(5, -1)
+    mean, each = model.loss(*conditions, tokens, weights, last=last)
+    got = torch.autograd.grad(3 * mean, list(model.parameters()), allow_unused=True)
+    plain = torch.nn.functional.cross_entropy(model(*conditions).flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+    total = (plain * weights).sum() / (5 * weights.sum())
+    want = torch.autograd.grad(3 * total, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(each, plain.detach(), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(mean, total, atol=TOLERANCE, rtol=TOLERANCE)
+    for (name, _), g, w in zip(model.named_parameters(), got, want, strict=True):
+        assert g is not None, name
+        torch.testing.assert_close(g, w, atol=TOLERANCE, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("scale", [0, 1, 2, 3])

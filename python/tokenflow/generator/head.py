@@ -88,8 +88,8 @@ class ResidualHead(nn.Module):
 class CodeCrossEntropy(torch.autograd.Function):
     """sum_n share_n (logsumexp(z_n) - z_n[target_n]) with z = rows table^T + bias, never holding more than a chunk of z.
 
-    The gradient share_n (softmax(z_n) - onehot) is closed, so it meets rows and table while the chunk is still in the cache:
-    about a fifth of the time that the same step takes with z [N, K] written out and read back.
+    The gradient share_n (softmax(z_n) - onehot) is closed, so it meets rows and table while the chunk is still in the cache
+    instead of being written out and read back with z [N, K] several times.
     """
 
     CHUNK = 256

@@ -126,7 +126,8 @@ def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, m
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
                                   lr=recipe.rate, betas=(0.9, 0.98), fused=True)
     average = WeightAverage(model, decay=recipe.average)
-    stage = Stage("generator", run_dir, seconds=seconds, steps=steps, seed=seed, settings={**asdict(recipe), **asdict(model.config), "key": key},
+    settings = {**asdict(recipe), **asdict(model.config), "key": key}
+    stage = Stage("generator", run_dir, seconds=seconds, steps=steps, seed=seed, settings=settings,
                   parts={"model": Trained(model), "optimizer": optimizer, "average": average})
     early, late = len(model.level) - model.lengths[-1], model.lengths[-1]
     model.train()
