@@ -7,7 +7,7 @@ from harness import Problem, assert_close, compare, normal
 from tokenflow_ext import ops, reference
 
 # rows, groups, codes, width
-SIZES = {"LlamaGen": (65536, 0, 16384, 8), "VAR": (65536, 0, 4096, 32), "UniTok": (16384, 8, 4096, 8)}
+SIZES = {"VAR": (65536, 0, 4096, 32), "UniTok": (16384, 8, 4096, 8)}
 
 
 def problem(name: str) -> Problem:

@@ -150,6 +150,9 @@ def test_freeze(update):
     quantizer(x).loss.backward()
     assert changed(quantizer, before) == {"codebook.hits"}
     assert x.grad.any() and not any(t.requires_grad for t in quantizer.codebooks())
+    still = build(update="none")
+    still.load_state_dict({name: tensor for name, tensor in quantizer.state_dict().items() if name in still.state_dict()})
+    assert same_bits(quantizer(x).loss, still(x).loss), "the commitment loss alone stays"
 
 
 @pytest.mark.parametrize("kind", KINDS)
