@@ -34,7 +34,7 @@ def short(value: float) -> str:
 
 
 def line_chart(points: Sequence[tuple[float, float]], *, title: str, x_label: str, marks: Sequence[tuple[float, str]] = (),
-               smooth: float = 0.9) -> str:
+               smooth: float | None = None) -> str:
     """An SVG line through (x, y) points: the raw values pale, their exponential average strong.
 
     Args:
@@ -42,8 +42,9 @@ def line_chart(points: Sequence[tuple[float, float]], *, title: str, x_label: st
         title: read out by screen readers.
         x_label: under the axis.
         marks: (x, text) of dotted upright lines.
-        smooth: weight of the past in the average.
+        smooth: weight of the past in the average; by default 1 - 10 / points, at most 0.9.
     """
+    smooth = max(0.0, min(0.9, 1 - 10 / len(points))) if smooth is None else smooth
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     ordered = sorted(ys)
     low, high = ordered[len(ys) // 200], ordered[-1 - len(ys) // 200]

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenflow.report.pixels import data_uri
 
-MARKS = {"seen": "seen in training", "unseen pair": "unseen pair", "unseen name": "unseen name", "typed": "typed, no such picture"}
+MARKS = {"seen": "seen in training", "unseen pair": "unseen pair", "unseen name": "unseen name", "typed": "typed"}
 KINDS = {"seen": "captions trained on, no tone", "unseen pair": "unseen (name, tone) pairs", "unseen name": "unseen names"}
 
 

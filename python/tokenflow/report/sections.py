@@ -53,7 +53,8 @@ def tiles(results: Results) -> str:
         semantic, pixels = probe["semantic half, 8 x 8"], probe["raw pixels"]
         cells.append((f"{semantic:.2f}", f"balanced {probe['classes']}-way accuracy from the semantic half (raw pixels: {pixels:.2f})"))
     best = n["retrieval"]["semantic half, 8 x 8, caption to picture"]
-    cells.append((f"{100 * best['recall'][10]:.0f} %", f"of unseen captions find their picture in the first 10 of {best['candidates']}"))
+    first = 10 if best["candidates"] > 20 else 1
+    cells.append((f"{100 * best['recall'][first]:.0f} %", f"of unseen captions find their picture in the first {first} of {best['candidates']}"))
     return "<div class='tiles'>" + "".join(f"<div class='tile'><b>{escape(v)}</b><span>{escape(t)}</span></div>" for v, t in cells) + "</div>"
 
 
@@ -157,7 +158,7 @@ def numbers_section(results: Results) -> str:
 
 def described(c: dict[str, Any]) -> str:
     """The conditions as a sentence."""
-    return (f"{c['processor']}, {c['threads']} threads, torch {c['torch']}, Python {c['python']}; this call took {c['seconds of this call']['all']:.0f} s "
+    return (f"{c['processor']}, {c['threads']} thread{'s' * (c['threads'] > 1)}, torch {c['torch']}, Python {c['python']}; this call took {c['seconds of this call']['all']:.0f} s "
             f"and at most {c['peak memory, GB']:.1f} GB of memory.")
 
 

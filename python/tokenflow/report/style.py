@@ -52,6 +52,6 @@ td.text { text-align: left; color: var(--soft); font-size: 13.5px; }
 .badge.hidden { background: #fbeee4; color: var(--warm); }
 ul { margin: 8px 0 0; padding-left: 20px; max-width: 80ch; }
 li { margin-bottom: 6px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 12px; }
 footer { color: var(--soft); font-size: 13.5px; margin-top: 26px; }
 """
