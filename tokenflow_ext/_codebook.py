@@ -66,7 +66,11 @@ class Codebook(nn.Module):
         if update not in UPDATES:
             raise ValueError(f"{owner}: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
         ops._check.metric(owner, metric)
-        for name, value in (("codebook_size", codes), ("groups", groups), *((f"dims[{t}]", w) for t, w in enumerate(widths))):
+        for name, value in (
+            ("codebook_size", codes),
+            ("groups", groups),
+            *((f"dims[{t}]", w) for t, w in enumerate(widths)),
+        ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{owner}: {name}: wanted an integer >= 1, got {value!r}")
         if not 0 <= ops._check.number(owner, "decay", decay) <= 1:
@@ -169,7 +173,11 @@ class Codebook(nn.Module):
         rows = rows.detach()
         good = rows.isfinite().all(-1)
         offset = torch.arange(self.groups, device=ids.device) * self.codes
-        batch = torch.zeros_like(self.hits).view(-1).scatter_add_(0, (ids + offset).reshape(-1), good.to(torch.int64).reshape(-1))
+        batch = (
+            torch.zeros_like(self.hits)
+            .view(-1)
+            .scatter_add_(0, (ids + offset).reshape(-1), good.to(torch.int64).reshape(-1))
+        )
         batch = batch.view_as(self.hits)
         self.hits += batch
         if self.update == "ema":

@@ -33,11 +33,15 @@ class _Quantizer(nn.Module):
         self.metric, self.backend = metric, backend
         self.channel_dim = ops._check.integer(name, "channel_dim", channel_dim)
         self.commitment_weight = ops._check.non_negative(name, "commitment_weight", commitment_weight)
-        self.codebook_weight = ops._check.non_negative(name, "codebook_weight", codebook_weight) if update == "gradient" else 0.0
+        self.codebook_weight = (
+            ops._check.non_negative(name, "codebook_weight", codebook_weight) if update == "gradient" else 0.0
+        )
         self.entropy_weight = ops._check.non_negative(name, "entropy_weight", entropy_weight)
         self.entropy_temperature = entropy_temperature
         self.entropy_eps = ops._check.non_negative(name, "entropy_eps", entropy_eps)
-        self.codebook = Codebook(name, widths, codebook_size, groups, metric, update, decay, kmeans_init, dead_code_threshold)
+        self.codebook = Codebook(
+            name, widths, codebook_size, groups, metric, update, decay, kmeans_init, dead_code_threshold
+        )
 
     @property
     def dim(self) -> int:
@@ -48,7 +52,9 @@ class _Quantizer(nn.Module):
         """x with channels at `channel_dim` as [..., C], or [..., G, D] where G > 1."""
         ops._check.floating(type(self).__name__, "x", x)
         if x.dim() < 1 or not -x.dim() <= self.channel_dim < x.dim() or x.shape[self.channel_dim] != self.dim:
-            raise ValueError(f"{type(self).__name__}: x: wanted {self.dim} channels at axis {self.channel_dim}, got {list(x.shape)}")
+            raise ValueError(
+                f"{type(self).__name__}: x: wanted {self.dim} channels at axis {self.channel_dim}, got {list(x.shape)}"
+            )
         x = x.movedim(self.channel_dim, -1)
         groups = self.codebook.groups
         return x.reshape(*x.shape[:-1], groups, self.dim // groups) if groups > 1 else x
@@ -190,7 +196,9 @@ class VectorQuantizer(_Quantizer):
         dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
         if not isinstance(groups, int) or groups < 1 or not isinstance(dim, int) or dim < 1 or dim % groups:
-            raise ValueError(f"VectorQuantizer: dim: wanted a positive multiple of groups, got dim {dim!r} and groups {groups!r}")
+            raise ValueError(
+                f"VectorQuantizer: dim: wanted a positive multiple of groups, got dim {dim!r} and groups {groups!r}"
+            )
         super().__init__(
             [dim // groups], codebook_size, groups, None, metric, update, commitment_weight, codebook_weight, entropy_weight,
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
@@ -261,7 +269,9 @@ class MultiScaleQuantizer(nn.Module):
         super().__init__()
         name = "MultiScaleQuantizer"
         if not isinstance(quantizer, _Quantizer) or quantizer.codebook.groups != 1:
-            raise ValueError(f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got {quantizer!r}")
+            raise ValueError(
+                f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got {quantizer!r}"
+            )
         if not 0 <= ops._check.number(name, "scale_dropout", scale_dropout) <= 1:
             raise ValueError(f"{name}: scale_dropout: wanted a probability, got {scale_dropout}")
         self.scales = _multiscale_check.grids(name, scales)
@@ -274,7 +284,9 @@ class MultiScaleQuantizer(nn.Module):
             _multiscale_check.phi_rows(name, phi, quantizer.dim, len(self.scales))
             weight, bias, self.phi_ratio, self.phi_assignment = phi
             for key, value in (("phi_weight", weight), ("phi_bias", bias)):
-                self.register_parameter(key, value) if isinstance(value, nn.Parameter) else self.register_buffer(key, value)
+                self.register_parameter(key, value) if isinstance(value, nn.Parameter) else self.register_buffer(
+                    key, value
+                )
 
     def _apply(self, fn, recurse=True):
         return keep_precision(self, super()._apply, fn, recurse)
@@ -296,7 +308,12 @@ class MultiScaleQuantizer(nn.Module):
     def _kept(self) -> list[int]:
         """Positions of the scales that this batch uses."""
         positions = list(range(len(self.scales)))
-        if self.training and self.scale_dropout > 0 and len(positions) > 1 and float(torch.rand(())) < self.scale_dropout:
+        if (
+            self.training
+            and self.scale_dropout > 0
+            and len(positions) > 1
+            and float(torch.rand(())) < self.scale_dropout
+        ):
             positions.remove(1 + int(torch.randint(len(positions) - 1, ())))
         return positions
 
@@ -342,7 +359,9 @@ class MultiScaleQuantizer(nn.Module):
         """f_hat [B, C, H, W] of ids [B, any whole-scale prefix]; size is the map's, by default the largest scale."""
         return ops.multiscale_decode(indices, self.quantizer.codebooks(), size=self._size(size), **self._options())
 
-    def inputs(self, indices: torch.Tensor, rule: str = "accumulate", *, refine: int | None = None, size=None) -> torch.Tensor:
+    def inputs(
+        self, indices: torch.Tensor, rule: str = "accumulate", *, refine: int | None = None, size=None
+    ) -> torch.Tensor:
         """Inputs [B, rows, C] of an autoregressive model after a prefix of ids, see `ops.multiscale_inputs`."""
         options = {**self._options(), "size": self._size(size), "rule": rule, "refine": refine}
         return ops.multiscale_inputs(indices, self.quantizer.codebooks(), **options)
@@ -366,7 +385,9 @@ class MultiScaleQuantizer(nn.Module):
             maps.append(indices[:, at : at + h * w])
             at += h * w
         if at != indices.shape[1]:
-            raise ValueError(f"MultiScaleQuantizer.split: indices: wanted a prefix of whole scales {self.scales}, got {indices.shape[1]} ids")
+            raise ValueError(
+                f"MultiScaleQuantizer.split: indices: wanted a prefix of whole scales {self.scales}, got {indices.shape[1]} ids"
+            )
         return [m.reshape(-1, h, w) for m, (h, w) in zip(maps, self.scales)]
 
     def codebooks(self) -> tuple[torch.Tensor, ...]:

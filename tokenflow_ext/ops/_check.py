@@ -69,7 +69,9 @@ def table(op: str, name: str, value, *, grouped: bool = True) -> torch.Tensor:
     ranks = (2, 3) if grouped else (2,)
     if value.dim() not in ranks or min(value.shape) < 1:
         wanted = "[K, D] or [G, K, D]" if grouped else "[K, D]"
-        raise ValueError(f"{op}: {name}: wanted {wanted} with at least one code and one channel, got {list(value.shape)}")
+        raise ValueError(
+            f"{op}: {name}: wanted {wanted} with at least one code and one channel, got {list(value.shape)}"
+        )
     return value
 
 
@@ -80,7 +82,11 @@ def rows_and_table(op: str, x, codebook) -> tuple[torch.Tensor, torch.Tensor]:
     same_device(op, x=x, codebook=codebook)
     grouped = codebook.dim() == 3
     wanted = f"[..., {codebook.shape[0]}, {codebook.shape[2]}]" if grouped else f"[..., {codebook.shape[1]}]"
-    if x.dim() < codebook.dim() - 1 or x.shape[-1] != codebook.shape[-1] or (grouped and x.shape[-2] != codebook.shape[0]):
+    if (
+        x.dim() < codebook.dim() - 1
+        or x.shape[-1] != codebook.shape[-1]
+        or (grouped and x.shape[-2] != codebook.shape[0])
+    ):
         raise ValueError(f"{op}: x: wanted {wanted} for a codebook {list(codebook.shape)}, got {list(x.shape)}")
     groups, width = (codebook.shape[0] if grouped else 1), codebook.shape[-1]
     return x.reshape(count(x.shape[: x.dim() - codebook.dim() + 1]), groups, width), codebook.reshape(groups, -1, width)

@@ -104,7 +104,9 @@ def setup(op, codebooks, scales, size, metric, phi, normalize_codes, *, weights=
     if features is not None:
         _check.same_device(op, features=features, **{"codebooks[0]": codebooks[0]})
         if features.shape[1] != sum(widths):
-            raise ValueError(f"{op}: features: wanted {sum(widths)} channels, as many as the tables, got {features.shape[1]}")
+            raise ValueError(
+                f"{op}: features: wanted {sum(widths)} channels, as many as the tables, got {features.shape[1]}"
+            )
     pairs = grids(op, scales)
     for i, (h, w) in enumerate(pairs):
         if h > size[0] or w > size[1]:

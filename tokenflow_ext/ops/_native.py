@@ -72,10 +72,15 @@ def use_native(op: str, backend: str, device: torch.device) -> bool:
         else f"the native core could not be loaded ({_why})"
     )
     if backend == "native":
-        raise RuntimeError(f"{op}: backend: wanted native, but {missing}; rebuild with `pip install .` in the source tree")
+        raise RuntimeError(
+            f"{op}: backend: wanted native, but {missing}; rebuild with `pip install .` in the source tree"
+        )
     if device.type not in _warned:
         _warned.add(device.type)
-        warnings.warn(f"tokenflow_ext: {missing}; using the PyTorch reference, which is slower and builds N x K matrices", stacklevel=3)
+        warnings.warn(
+            f"tokenflow_ext: {missing}; using the PyTorch reference, which is slower and builds N x K matrices",
+            stacklevel=3,
+        )
     return False
 
 
@@ -93,7 +98,9 @@ def define_backward(schema: str, cpu, fake) -> None:
     define(schema, cpu, fake)
 
     def twice(ctx, *grads):
-        raise RuntimeError(f"{name.removesuffix('_backward')}: it is differentiable once, a second derivative was asked for")
+        raise RuntimeError(
+            f"{name.removesuffix('_backward')}: it is differentiable once, a second derivative was asked for"
+        )
 
     torch.library.register_autograd(f"tokenflow_ext::{name}", twice, lib=LIBRARY)
 

@@ -74,7 +74,9 @@ def lookup(indices: torch.Tensor, codebook: torch.Tensor, *, backend: str = "aut
     _check.same_device("lookup", codebook=codebook, indices=indices)
     groups = codebook.shape[0] if codebook.dim() == 3 else 1
     if codebook.dim() == 3 and (indices.dim() < 1 or indices.shape[-1] != groups):
-        raise ValueError(f"lookup: indices: wanted [..., {groups}] for a codebook {list(codebook.shape)}, got {list(indices.shape)}")
+        raise ValueError(
+            f"lookup: indices: wanted [..., {groups}] for a codebook {list(codebook.shape)}, got {list(indices.shape)}"
+        )
     return _gather("lookup", indices, codebook, groups, backend)
 
 

@@ -97,7 +97,9 @@ def quantize_with_rows(
         options = {**options, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
         out = reference.multiscale_quantize(features, codebooks, **options, normalize_codes=normalize_codes)
         with torch.no_grad():
-            return out, reference.multiscale_rows(features, out.indices, codebooks, **options, normalize_codes=normalize_codes)
+            return out, reference.multiscale_rows(
+                features, out.indices, codebooks, **options, normalize_codes=normalize_codes
+            )
     weight, bias, ratio = made.phi_tensors()
     out = torch.ops.tokenflow_ext.multiscale_quantize(
         features, made.codebook(codebooks), weight, bias, made.grids, made.widths, made.weights, metric, made.unit_codes,
@@ -220,7 +222,16 @@ def multiscale_decode(
         )  # fmt: skip
     weight, bias, ratio = made.phi_tensors()
     return torch.ops.tokenflow_ext.multiscale_decode(
-        indices, made.codebook(codebooks), weight, bias, made.grids, *made.size, made.widths, made.unit_codes, ratio, False
+        indices,
+        made.codebook(codebooks),
+        weight,
+        bias,
+        made.grids,
+        *made.size,
+        made.widths,
+        made.unit_codes,
+        ratio,
+        False,
     )[0]
 
 
@@ -278,7 +289,9 @@ def multiscale_inputs(
     if refine is not None:
         _check.integer(op, "refine", refine)
     if refine is not None and (rule != "chain" or not 2 <= refine <= p):
-        raise ValueError(f"{op}: refine: wanted a scale in 2..{p} that has ids, with rule='chain', got {refine} with rule={rule!r}")
+        raise ValueError(
+            f"{op}: refine: wanted a scale in 2..{p} that has ids, with rule='chain', got {refine} with rule={rule!r}"
+        )
     if not use_native(op, backend, indices.device):
         check.values_of_ids(op, indices, made, len(codebooks[0]))
         return reference.multiscale_inputs(

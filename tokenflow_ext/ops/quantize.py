@@ -5,7 +5,17 @@ import torch
 from tokenflow_ext import reference
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import LIBRARY, _C, define, define_backward, real, threads, use_native, view, warn_non_finite
+from tokenflow_ext.ops._native import (
+    LIBRARY,
+    _C,
+    define,
+    define_backward,
+    real,
+    threads,
+    use_native,
+    view,
+    warn_non_finite,
+)
 from tokenflow_ext.ops.search import concatenate, packed_size, tables_of
 
 

@@ -102,7 +102,15 @@ def nearest_code(
         _check.warn_about_rows("nearest_code", rows)
         return reference.nearest_code(x, codebook, metric=metric, topk=topk, window=window, return_scores=return_scores)
     indices, scores = torch.ops.tokenflow_ext.nearest_code(
-        rows.detach(), table.detach().to(real(x, codebook)), [table.shape[2]], [1.0], metric, topk, lo, hi, return_scores
+        rows.detach(),
+        table.detach().to(real(x, codebook)),
+        [table.shape[2]],
+        [1.0],
+        metric,
+        topk,
+        lo,
+        hi,
+        return_scores,
     )
     shape = x.shape[:-1] + ((topk,) if topk > 1 else ())
     return (indices.reshape(shape), scores.reshape(shape)) if return_scores else indices.reshape(shape)
@@ -113,7 +121,9 @@ def _window(window) -> tuple[int, int]:
         raise TypeError(f"nearest_code: window: wanted a pair (lo, hi), got {type(window).__name__}")
     if len(window) != 2:
         raise ValueError(f"nearest_code: window: wanted a pair (lo, hi), got {len(window)} numbers")
-    return _check.integer("nearest_code", "window[0]", window[0]), _check.integer("nearest_code", "window[1]", window[1])
+    return _check.integer("nearest_code", "window[0]", window[0]), _check.integer(
+        "nearest_code", "window[1]", window[1]
+    )
 
 
 def shared_nearest_code(xs, codebooks, *, metric: str = "cosine", weights=None, backend: str = "auto") -> torch.Tensor:

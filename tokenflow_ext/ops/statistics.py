@@ -37,12 +37,23 @@ def _ema_update_(codebook, ema_counts, ema_sums, counts, sums, decay, eps, metri
     # A write through a pointer is invisible to autograd: without this a gradient that needs the old values goes wrong silently.
     torch.autograd.graph.increment_version((codebook, ema_counts, ema_sums))
     _C.ema_update(
-        view(codebook), view(ema_counts), view(ema_sums), view(counts), view(sums), tables, decay, eps, normalize_mean, threads()
+        view(codebook),
+        view(ema_counts),
+        view(ema_sums),
+        view(counts),
+        view(sums),
+        tables,
+        decay,
+        eps,
+        normalize_mean,
+        threads(),
     )
 
 
 define(
-    "code_statistics(Tensor x, Tensor indices, SymInt codes) -> (Tensor, Tensor)", _code_statistics, _code_statistics_fake
+    "code_statistics(Tensor x, Tensor indices, SymInt codes) -> (Tensor, Tensor)",
+    _code_statistics,
+    _code_statistics_fake,
 )
 define(
     "ema_update_(Tensor(a!) codebook, Tensor(b!) ema_counts, Tensor(c!) ema_sums, Tensor counts, Tensor sums, float decay, "
@@ -86,7 +97,9 @@ def code_statistics(x: torch.Tensor, indices: torch.Tensor, codes: int | tuple[i
     if groups < 1 or size < 1:
         raise ValueError(f"{op}: codes: wanted K >= 1 or (G, K) with both >= 1, got {codes}")
     if x.dim() < 1 or indices.shape != x.shape[:-1]:
-        raise ValueError(f"{op}: indices: wanted {list(x.shape[:-1])} for rows {list(x.shape)}, got {list(indices.shape)}")
+        raise ValueError(
+            f"{op}: indices: wanted {list(x.shape[:-1])} for rows {list(x.shape)}, got {list(indices.shape)}"
+        )
     if grouped and (x.dim() < 2 or x.shape[-2] != groups):
         raise ValueError(f"{op}: x: wanted [..., {groups}, D] for codes {tuple(codes)}, got {list(x.shape)}")
     if not use_native(op, backend, x.device):
@@ -150,7 +163,12 @@ def ema_update_(
     if not 0 <= _check.number(op, "decay", decay) <= 1:
         raise ValueError(f"{op}: decay: wanted a number in [0, 1], got {decay}")
     _check.non_negative(op, "eps", eps)
-    wanted = {"ema_counts": codebook.shape[:-1], "ema_sums": codebook.shape, "counts": codebook.shape[:-1], "sums": codebook.shape}
+    wanted = {
+        "ema_counts": codebook.shape[:-1],
+        "ema_sums": codebook.shape,
+        "counts": codebook.shape[:-1],
+        "sums": codebook.shape,
+    }
     given = {"ema_counts": ema_counts, "ema_sums": ema_sums, "counts": counts, "sums": sums}
     if codebook.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: codebook: wanted float32 or float64, got {codebook.dtype}")
@@ -169,7 +187,15 @@ def ema_update_(
             raise ValueError(f"{op}: {name}: wanted a contiguous tensor to write to, got strides {tensor.stride()}")
     if not use_native(op, backend, codebook.device):
         return reference.ema_update_(
-            codebook, ema_counts, ema_sums, counts, sums, decay=decay, eps=eps, metric=metric, normalize_mean=normalize_mean
+            codebook,
+            ema_counts,
+            ema_sums,
+            counts,
+            sums,
+            decay=decay,
+            eps=eps,
+            metric=metric,
+            normalize_mean=normalize_mean,
         )
     shape = (-1, *codebook.shape[-2:])
     torch.ops.tokenflow_ext.ema_update_(

@@ -1,6 +1,11 @@
 """The pure-PyTorch twin of every op, of the same name and signature."""
 
-from tokenflow_ext.reference.multiscale import multiscale_decode, multiscale_inputs, multiscale_quantize, multiscale_rows
+from tokenflow_ext.reference.multiscale import (
+    multiscale_decode,
+    multiscale_inputs,
+    multiscale_quantize,
+    multiscale_rows,
+)
 from tokenflow_ext.reference.quantize import (
     code_statistics,
     ema_update_,

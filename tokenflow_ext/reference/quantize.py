@@ -26,7 +26,9 @@ def searched(x: torch.Tensor, widths: Sequence[int], metric: str) -> torch.Tenso
     return torch.cat([normalize_rows(part) for part in x.split(list(widths), dim=-1)], dim=-1)
 
 
-def scores(y: torch.Tensor, codes: torch.Tensor, widths: Sequence[int], weights: Sequence[float], l2: bool) -> torch.Tensor:
+def scores(
+    y: torch.Tensor, codes: torch.Tensor, widths: Sequence[int], weights: Sequence[float], l2: bool
+) -> torch.Tensor:
     """sum_t w_t (0.5 |c_t|^2 [l2 only] - y_t . c_t), lower is better. y [N, C], codes [K, C] -> [N, K]."""
     scale = torch.cat([y.new_full((w,), weight) for w, weight in zip(widths, weights)])
     start = 0.5 * (scale * codes.square()).sum(-1) if l2 else 0.0
@@ -84,7 +86,9 @@ def lookup(indices, codebook):
     """Twin of `tokenflow_ext.ops.lookup`; an id outside the table reads as a NaN row without gradient."""
     inside = (indices >= 0) & (indices < codebook.shape[-2])
     kept = torch.where(inside, indices, 0)
-    rows = codebook[kept] if codebook.dim() == 2 else codebook[torch.arange(len(codebook), device=codebook.device), kept]
+    rows = (
+        codebook[kept] if codebook.dim() == 2 else codebook[torch.arange(len(codebook), device=codebook.device), kept]
+    )
     return torch.where(inside[..., None], rows, torch.nan)
 
 
@@ -121,7 +125,9 @@ def quantize(x, codebook, *, metric="cosine", commitment_weight=0.25, codebook_w
 
 
 @exact
-def shared_quantize(xs, codebooks, *, metric="cosine", weights=None, commitment_weight=0.25, codebook_weight=1.0) -> Quantized:
+def shared_quantize(
+    xs, codebooks, *, metric="cosine", weights=None, commitment_weight=0.25, codebook_weight=1.0
+) -> Quantized:
     """Twin of `tokenflow_ext.ops.shared_quantize`."""
     x, codebook, widths, weights = concatenate(xs, codebooks, weights)
     out = quantize_rows(x, codebook, widths, weights, metric, commitment_weight, codebook_weight)
@@ -147,7 +153,9 @@ def code_statistics(x, indices, codes):
 
 
 @torch.no_grad()
-def ema_update_(codebook, ema_counts, ema_sums, counts, sums, *, decay, eps=1e-5, metric="cosine", normalize_mean=False):
+def ema_update_(
+    codebook, ema_counts, ema_sums, counts, sums, *, decay, eps=1e-5, metric="cosine", normalize_mean=False
+):
     """Twin of `tokenflow_ext.ops.ema_update_`."""
     if normalize_mean:
         sums = normalize_rows(sums)
