@@ -176,11 +176,10 @@ def test_probe_reads_a_class_and_not_noise():
     noise = torch.randn(240, 6, generator=generator)
     told = noise.clone()
     told[:, 0] += torch.tensor([6.0 * (i % 3) for i in range(240)])
-    bases = [f"base {i // 3}" for i in range(180)]
-    result = balanced_probe(told[:180], groups[:180], bases, told[180:], groups[180:])
+    result = balanced_probe(told[:180], groups[:180], told[180:], groups[180:])
     assert result.balanced > 0.95 and result.classes == 3 and result.smallest == 20
-    assert balanced_probe(noise[:180], groups[:180], bases, noise[180:], groups[180:]).balanced < 0.6
-    assert balanced_probe(noise[:180], [""] * 180, bases, noise[180:], [""] * 60) is None
+    assert balanced_probe(noise[:180], groups[:180], noise[180:], groups[180:]).balanced < 0.6
+    assert balanced_probe(noise[:180], [""] * 180, noise[180:], [""] * 60) is None
 
 
 def test_retrieval_finds_a_planted_map():

@@ -13,19 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenflow.data.pictures import stable_order
+STRENGTH = 1e-3
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-VALIDATION_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Probe:
-    """balanced: accuracy in [0, 1]; classes: their number; smallest: fewest test pictures in one class; strength: chosen."""
+    """balanced: accuracy in [0, 1]; classes: their number; smallest: fewest test pictures in one class."""
 
     balanced: float
     classes: int
     smallest: int
-    strength: float
 
 
 def probe_classes(train_groups: Sequence[str], test_groups: Sequence[str]) -> list[str]:
@@ -33,19 +30,16 @@ def probe_classes(train_groups: Sequence[str], test_groups: Sequence[str]) -> li
     return sorted((set(train_groups) & set(test_groups)) - {""})
 
 
-def balanced_probe(train: Tensor, train_groups: Sequence[str], train_bases: Sequence[str], test: Tensor,
-                   test_groups: Sequence[str]) -> Probe | None:
+def balanced_probe(train: Tensor, train_groups: Sequence[str], test: Tensor, test_groups: Sequence[str], *,
+                   strength: float = STRENGTH) -> Probe | None:
     """Class-balanced logistic regression on standardised features; None with fewer than two classes.
-
-    The weight of the squared norm of the coefficients is the one of `STRENGTHS` that is best on a fifth of the training bases;
-    then all training pictures are fitted with it.
 
     Args:
         train: [n, D] training features.
         train_groups: class of each.
-        train_bases: base name of each.
         test: [m, D] features of pictures of other base names.
         test_groups: class of each.
+        strength: weight of the squared norm of the coefficients.
     """
     classes = probe_classes(train_groups, test_groups)
     if len(classes) < 2:
@@ -55,25 +49,19 @@ def balanced_probe(train: Tensor, train_groups: Sequence[str], train_bases: Sequ
     kept_test = [i for i, g in enumerate(test_groups) if g in number]
     y = torch.tensor([number[train_groups[i]] for i in kept])
     y_test = torch.tensor([number[test_groups[i]] for i in kept_test])
-    x, x_test = train[kept].float(), test[kept_test].float()
-    order = stable_order([train_bases[i] for i in kept])
-    apart = set(order[: round(VALIDATION_SHARE * len(order))])
-    validation = torch.tensor([train_bases[i] in apart for i in kept])
-    strength = max(STRENGTHS, key=lambda s: fitted_accuracy(
-        x[~validation], y[~validation], x[validation], y[validation], len(classes), strength=s, iterations=30))
-    balanced = fitted_accuracy(x, y, x_test, y_test, len(classes), strength=strength, iterations=60)
-    return Probe(balanced, len(classes), int(torch.bincount(y_test).min()), strength)
+    balanced = fitted_accuracy(train[kept].float(), y, test[kept_test].float(), y_test, len(classes), strength=strength)
+    return Probe(balanced, len(classes), int(torch.bincount(y_test).min()))
 
 
-def fitted_accuracy(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int, *, strength: float, iterations: int) -> float:
-    """Balanced accuracy on x_test [m, D], y_test [m] of the regression fitted on x [n, D], y [n]; absent classes are left out."""
+def fitted_accuracy(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int, *, strength: float) -> float:
+    """Balanced accuracy on x_test [m, D], y_test [m] of the regression fitted on x [n, D], y [n]."""
     mean, deviation = x.mean(0), x.std(0) + 1e-4
     x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
     counts = torch.bincount(y, minlength=classes).float()
-    share = (1 / (counts > 0).sum() / counts.clamp(min=1))[y]
+    share = (1 / classes / counts)[y]
     weight = torch.zeros(x.shape[1], classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -84,4 +72,4 @@ def fitted_accuracy(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classe
     optimizer.step(closure)
     with torch.no_grad():
         right = ((x_test @ weight + bias).argmax(1) == y_test).float()
-    return float(torch.stack([right[y_test == c].mean() for c in y_test.unique()]).mean())
+    return float(torch.stack([right[y_test == c].mean() for c in range(classes)]).mean())

@@ -101,11 +101,10 @@ def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tenso
 def probes(model: TokenFlow, pictures: Pictures, f_hat: Tensor, train: Tensor, test: Tensor) -> dict[str, Any] | None:
     """Balanced accuracy of the class probe on several kinds of features; None without two classes."""
     groups = [[pictures.groups[r] for r in rows] for rows in (train, test)]
-    bases = [pictures.bases[r] for r in train]
     kinds = {f"semantic half, {GRID} x {GRID}": semantic_grid(model, f_hat), "semantic half, mean": semantic_grid(model, f_hat, 1),
              f"pixels, {GRID} x {GRID}": pixel_grid(pictures, GRID), "raw pixels": pixel_grid(pictures)}
     results: dict[str, Probe | None] = {
-        name: balanced_probe(x[train], groups[0], bases, x[test], groups[1]) for name, x in kinds.items()}
+        name: balanced_probe(x[train], groups[0], x[test], groups[1]) for name, x in kinds.items()}
     first = next(iter(results.values()))
     if first is None:
         return None
