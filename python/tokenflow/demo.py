@@ -26,7 +26,7 @@ from tokenflow.data.pictures import skipped_sentence
 from tokenflow.evaluation.tokenizer import codes_of, evaluate, tokens_of
 from tokenflow.generator.figures import figures
 from tokenflow.generator.model import Generator
-from tokenflow.generator.train import train_generator
+from tokenflow.generator.train import features_of, train_generator
 from tokenflow.models.tokenflow import TokenFlow
 from tokenflow.report.page import write_page
 from tokenflow.teacher import teacher_features, teacher_targets
@@ -123,7 +123,7 @@ def run_demo(plan: Plan) -> Path:
     torch.manual_seed(plan.seed)
     numbers = timed("evaluation", lambda: cached(plan.out / "evaluation.pt", key, lambda: evaluate(model, pictures, indices, f_hat, targets)))
     generator, generator_stage = timed("generator", lambda: train_generator(
-        model, pictures, indices, f_hat, plan.out, plan.generator_seconds, plan.seed, steps=plan.steps, key=key))
+        model, pictures, indices, features_of(model, pictures), plan.out, plan.generator_seconds, plan.seed, steps=plan.steps, key=key))
     generator.save_pretrained(plan.out / "generator")
     shown = timed("generator figures", lambda: figures(generator, model, pictures, indices, seed=plan.seed))
 

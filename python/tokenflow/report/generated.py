@@ -14,7 +14,7 @@ KINDS = {"seen": "captions trained on, no tone", "unseen pair": "unseen (name, t
 def generator_section(figures: dict[str, Any]) -> str:
     """Pictures from captions: generated large, the draft and the real one small, then the numbers."""
     parts = ["<section><h2>Pictures from captions</h2><p class='note'>A small transformer writes the tokens scale by scale. "
-             "Large: what it wrote. Small: the linear draft it starts from (left) and, where there is one, the real picture (right).</p>"]
+             "Large: what it wrote. Small: the ridge draft it starts from (left) and, where there is one, the real picture (right).</p>"]
     for row in figures["rows"]:
         parts.append(f"<h3>{escape(row['title'])}</h3><p class='note'>{escape(row['note'])}</p><div class='grid made'>")
         parts += [made(item) for item in row["items"]]
@@ -25,7 +25,7 @@ def generator_section(figures: dict[str, Any]) -> str:
 def made(item: dict[str, Any]) -> str:
     """One generated picture with its draft, the real one, the caption and a badge."""
     caption = escape(item["caption"])
-    small = f"<img src='{data_uri(item['draft'])}' alt='draft' title='linear draft'>"
+    small = f"<img src='{data_uri(item['draft'])}' alt='draft' title='ridge draft'>"
     if item["real"] is not None:
         small += f"<img src='{data_uri(item['real'])}' alt='real picture' title='real picture'>"
     unknown = f"<br>never seen: {escape(', '.join(item['unknown']))}" if item["unknown"] else ""

@@ -172,7 +172,7 @@ def honesty_section(results: Results) -> str:
               "All pictures were cut to their centre square and reduced to 64 × 64 pixels.",
               "Held out means: no picture of that name was trained on. Close relatives were (a “woman singer” beside a held-out “man singer”), so unseen is not unrelated." if emoji else
               "Held out means: no picture with that caption was trained on.",
-              "Captions that were trained on return what the generator has learned by heart; other seeds hardly change the picture. The linear draft, shown beside it, does most of the work.",
+              "Captions that were trained on return what the generator has learned by heart; other seeds hardly change the picture. The ridge draft, shown beside it, does most of the work.",
               "Unseen names come out as a blur of related things, words never seen as nothing in particular.",
               "The teacher knows ImageNet's 1,000 classes; what the semantic half knows of other things, it knows from there."]
     if "pair" in pictures.split:
