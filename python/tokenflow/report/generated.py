@@ -46,6 +46,7 @@ def table(numbers: dict[str, Any]) -> str:
             parts.append(f"<tr><td>{escape(KINDS.get(kind, kind))}</td><td>{values['count']}</td><td>{label}</td><td>{v['base']:.2f}</td>"
                          f"<td>{tone}</td><td>{v['psnr']:.1f}</td></tr>")
     parts.append("</table></div><p class='note'>Right name / tone: the real picture nearest to the generated one at 16 × 16 pixels, among all pictures, "
-                 "has that name / tone. True tokens are the upper bound: the tokenizer's own tokens of the real picture, decoded.</p>")
+                 "has that name / tone. True tokens: the tokenizer's own tokens of the real picture, decoded. The draft is not quantized, so its blur can "
+                 "score a higher PSNR than sharper tokens.</p>")
     entropies = "; ".join(f"{KINDS.get(kind, kind)}: " + ", ".join(f"{x:.2f}" for x in v["cross_entropy"]) for kind, v in numbers.items())
     return "".join([*parts, f"<p class='note'>Cross-entropy of the true tokens by scale, nats: {escape(entropies)}.</p>"])
