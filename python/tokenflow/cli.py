@@ -29,9 +29,9 @@ class Demo:
     """Folder for checkpoints, models, numbers.json, result.png and index.html."""
     cache: Path = Path(".cache/tokenflow")
     """Folder for fetched packages."""
-    seconds: float = 300.0
+    seconds: float = 370.0
     """Training time of the tokenizer."""
-    generator_seconds: float = 190.0
+    generator_seconds: float = 230.0
     """Training time of the generator."""
     steps: int | None = None
     """Training steps of each, instead of the times: a second run then gives the same tokens."""

@@ -53,8 +53,8 @@ class Plan:
     data: Path | None = None
     out: Path = Path("runs/demo")
     cache: Path = Path(".cache/tokenflow")
-    seconds: float = 300.0
-    generator_seconds: float = 190.0
+    seconds: float = 370.0
+    generator_seconds: float = 230.0
     steps: int | None = None
     seed: int = 0
 
