@@ -28,7 +28,9 @@ def problem(name: str) -> Problem:
         assert_close(results["native"][1], results["twin"][1], 1e-5)
 
     size = f"{name}: N {rows}, " + (f"G {groups}, " if groups else "") + f"K {codes}, D {width}"
-    return Problem("lookup, forward + backward", size, {"native": lambda: step(ops), "twin": lambda: step(reference)}, check)
+    return Problem(
+        "lookup, forward + backward", size, {"native": lambda: step(ops), "twin": lambda: step(reference)}, check
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -40,7 +40,9 @@ def problem(name: str) -> Problem:
             assert_close(*((t[4][g] if groups else t[4])[kept] for t in (native, twin)))
 
     size = f"{name}: N {rows}, " + (f"G {groups}, " if groups else "") + f"K {codes}, D {width}, {metric}"
-    return Problem("quantize, forward + backward", size, {"native": lambda: step(ops), "twin": lambda: step(reference)}, check)
+    return Problem(
+        "quantize, forward + backward", size, {"native": lambda: step(ops), "twin": lambda: step(reference)}, check
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)

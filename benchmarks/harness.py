@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import table
 import torch
 
-import table
 import tokenflow_ext
 
 SECONDS = 3.0  # of timing a problem, shared by all its calls

@@ -40,7 +40,9 @@ def markdown(rows: list[dict]) -> str:
             f"{n['times_faster']:.1f}x | {n['native_mb']:.1f} MB | {n['rival_mb']:.1f} MB | {n['times_less_memory']:.1f}x |"
         )
     conditions = sorted({f"{r['threads']} threads, {r['instruction_set']}, torch {r['torch']}" for r in rows})
-    return "\n".join([*lines, "", f"Medians of alternating runs; memory is the peak above the inputs. {'; '.join(conditions)}."])
+    return "\n".join(
+        [*lines, "", f"Medians of alternating runs; memory is the peak above the inputs. {'; '.join(conditions)}."]
+    )
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def near_ties(actual, expected, xs, codebooks, metric: str, weights=None) -> int
     b, b_size = exact_scores(picked, codebooks, expected[rows], metric, weights)
     bound = 2 * (channels + 4) * unit * (a_size + b_size)
     wrong = int((~((a - b).abs() <= bound)).sum())
-    assert wrong == 0, f"{wrong} of {len(actual)} ids differ without a near-tie, largest gap {float((a - b).abs().max()):.3g}"
+    assert wrong == 0, (
+        f"{wrong} of {len(actual)} ids differ without a near-tie, largest gap {float((a - b).abs().max()):.3g}"
+    )
     print(f"{len(actual)} ids, {len(rows)} certified near-ties")
     return len(rows)
 
@@ -119,7 +121,9 @@ def canonical_scores(xs, codebooks, metric: str, weights=None) -> np.ndarray:
     return score
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "", size: float = 1e-30) -> None:
+def assert_near(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "", size: float = 1e-30
+) -> None:
     """max|actual - expected| <= tolerance max(|expected|, size), with NaN in the same places."""
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} for {tuple(expected.shape)}"
     actual, expected = actual.detach().double(), expected.detach().double()
@@ -168,7 +172,9 @@ def frozen_quantize(xs, codebooks, ids, metric: str, commitment_weight=0.25, cod
     def searched(xs, codebooks):
         rows, codes = list(xs), [c[ids] for c in codebooks]
         if metric == "cosine":
-            rows, codes = ([torch.nn.functional.normalize(v, dim=-1, eps=1e-12) for v in part] for part in (rows, codes))
+            rows, codes = (
+                [torch.nn.functional.normalize(v, dim=-1, eps=1e-12) for v in part] for part in (rows, codes)
+            )
         return torch.cat(rows, -1), torch.cat(codes, -1)
 
     y, q = searched(xs, codebooks)

@@ -4,10 +4,9 @@ import json
 import re
 
 import pytest
+import tokenflow.demo as demo
 import torch
 from PIL import Image, ImageDraw
-
-import tokenflow.demo as demo
 from tokenflow.cli import main
 from tokenflow.report.charts import bar_chart, line_chart, ticks
 from tokenflow.report.pixels import data_uri, sheet
@@ -74,10 +73,23 @@ def finished(folder, tmp_path_factory):
 
 def test_page_is_whole_and_needs_nothing_else(finished):
     plan, text = finished
-    assert "<script" not in text and "http://" not in text and "https://" not in text and "nan" not in re.sub(r"base64,[^']*", "", text)
+    assert (
+        "<script" not in text
+        and "http://" not in text
+        and "https://" not in text
+        and "nan" not in re.sub(r"base64,[^']*", "", text)
+    )
     sources = re.findall(r"<img[^>]*src='([^']*)'", text)
     assert len(sources) > 40 and all(s.startswith("data:image/png;base64,") for s in sources)
-    for words in ("Reconstructions", "Coarse to fine", "Use of the codebook", "Training", "Captions find pictures", "Pictures from captions", "Numbers"):
+    for words in (
+        "Reconstructions",
+        "Coarse to fine",
+        "Use of the codebook",
+        "Training",
+        "Captions find pictures",
+        "Pictures from captions",
+        "Numbers",
+    ):
         assert f">{words}" in text
     assert "1 picture was skipped: torn.png" in text
     with Image.open(plan.out / "result.png") as image:
@@ -150,7 +162,9 @@ def test_what_the_user_can_mend_is_one_sentence(arguments, words, tmp_path, monk
     assert caught.value.code == 1 and words in said and "\n" not in said and said.startswith("tokenflow: ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in ("demo", "reconstruct", "encode", "generate", "info"))])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([c, "--help"] for c in ("demo", "reconstruct", "encode", "generate", "info"))]
+)
 def test_every_command_has_help(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -165,4 +179,7 @@ def test_charts_and_sheets():
     assert ticks(0, 100)[0] == 0 and ticks(0, 100)[-1] == 100 and len(ticks(-1e-3, 1e-3)) >= 3
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
     assert data_uri(picture).startswith("data:image/png;base64,")
-    assert sheet([("title", [picture] * 3, ["a caption that is much too long for one narrow line of text"] * 3)]).size[0] > 300
+    assert (
+        sheet([("title", [picture] * 3, ["a caption that is much too long for one narrow line of text"] * 3)]).size[0]
+        > 300
+    )

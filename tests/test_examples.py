@@ -9,14 +9,18 @@ import torch
 
 import tokenflow_ext
 
-MODULES = [m.name for m in pkgutil.walk_packages(tokenflow_ext.__path__, "tokenflow_ext.") if not m.name.endswith("._C")]
+MODULES = [
+    m.name for m in pkgutil.walk_packages(tokenflow_ext.__path__, "tokenflow_ext.") if not m.name.endswith("._C")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     module = importlib.import_module(name)
     functions = {**vars(torch.nn), **vars(tokenflow_ext.ops), "torch": torch}
-    result = doctest.testmod(module, extraglobs={k: v for k, v in functions.items() if k not in vars(module) and k[0] != "_"})
+    result = doctest.testmod(
+        module, extraglobs={k: v for k, v in functions.items() if k not in vars(module) and k[0] != "_"}
+    )
     assert result.failed == 0
 
 

@@ -24,8 +24,17 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def tokenizer():
     torch.manual_seed(0)
-    return TokenFlow(Config(image_size=32, scales=(1, 2, 4, 8), semantic_dim=6, pixel_dim=4, codebook_size=48,
-                            widths=(8, 16, 32), teacher_dim=8)).eval()
+    return TokenFlow(
+        Config(
+            image_size=32,
+            scales=(1, 2, 4, 8),
+            semantic_dim=6,
+            pixel_dim=4,
+            codebook_size=48,
+            widths=(8, 16, 32),
+            teacher_dim=8,
+        )
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +44,15 @@ def pictures():
     names = [f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("apple", "cat", "dog", "hat")]
     bases, tones = zip(*itertools.product(names, ("", "light", "dark")), strict=True)
     captions = [f"{b}, {t} tone" if t else b for b, t in zip(bases, tones, strict=True)]
-    split = ["pair" if c == "red cat, dark tone" else "test" if b == "green hat" else "train" for c, b in zip(captions, bases, strict=True)]
+    split = [
+        "pair" if c == "red cat, dark tone" else "test" if b == "green hat" else "train"
+        for c, b in zip(captions, bases, strict=True)
+    ]
     coarse = torch.randn(len(captions), 3, 4, 4)
     images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear").tanh()
-    return Pictures(((images + 1) * 127.5).to(torch.uint8), captions, list(bases), list(tones), [""] * len(captions), split)
+    return Pictures(
+        ((images + 1) * 127.5).to(torch.uint8), captions, list(bases), list(tones), [""] * len(captions), split
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +98,9 @@ def features_of(words, base, count, bases):
     """The 0/1 features that the kernel stands for: words, pairs of words, base."""
     single = torch.zeros(count, dtype=torch.float64)
     single[words] = 1
-    pairs = torch.tensor([float(i in words and j in words) for i, j in itertools.combinations(range(count), 2)], dtype=torch.float64)
+    pairs = torch.tensor(
+        [float(i in words and j in words) for i, j in itertools.combinations(range(count), 2)], dtype=torch.float64
+    )
     return torch.cat([single, pairs, torch.tensor([float(b == base) for b in range(bases)], dtype=torch.float64)])
 
 
@@ -109,14 +125,16 @@ def test_draft_is_ridge_regression_and_its_left_out_values_are_those_of_real_ref
     assert float(doubt) == pytest.approx(float(want_doubt), abs=1e-5)
     for i in (0, 7, 13):
         want, want_doubt = primal([j for j in range(14) if j != i], x[i])
-        torch.testing.assert_close(fitted.maps(left_out[i:i + 1]).flatten().double(), want, atol=1e-4, rtol=0)
+        torch.testing.assert_close(fitted.maps(left_out[i : i + 1]).flatten().double(), want, atol=1e-4, rtol=0)
         assert float(doubts[i]) == pytest.approx(float(want_doubt), abs=1e-5)
 
 
 def test_draft_of_unknown_words_is_the_mean_in_full_doubt_and_many_pictures_are_thinned(monkeypatch):
     monkeypatch.setattr(draft_module, "LARGEST", 10)
     maps = torch.randn(25, 2, 2, 2)
-    fitted, left_out, doubts = Draft.fit([[i % 5, 5] for i in range(25)], [-1] * 25, maps, count=6, rank=8, strength=0.1)
+    fitted, left_out, doubts = Draft.fit(
+        [[i % 5, 5] for i in range(25)], [-1] * 25, maps, count=6, rank=8, strength=0.1
+    )
     assert len(fitted.words) == 10 and left_out.shape == (25, 8) and doubts.shape == (25,)
     got, doubt = fitted([[], [0, 5]], [-1, -1])
     torch.testing.assert_close(got[0], fitted.mean.view(2, 2, 2))
@@ -165,7 +183,9 @@ def test_loss_in_chunks_equals_the_plain_cross_entropy_with_its_gradients(model,
     last = (len(model.level) - model.lengths[-1] + torch.arange(model.lengths[-1])).expand(5, -1)
     mean, each = model.loss(*conditions, tokens, weights, last=last)
     got = torch.autograd.grad(3 * mean, list(model.parameters()), allow_unused=True)
-    plain = torch.nn.functional.cross_entropy(model(*conditions).flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+    plain = torch.nn.functional.cross_entropy(
+        model(*conditions).flatten(0, 1), tokens.flatten(), reduction="none"
+    ).view_as(tokens)
     total = (plain * weights).sum() / (5 * weights.sum())
     want = torch.autograd.grad(3 * total, list(model.parameters()), allow_unused=True)
     torch.testing.assert_close(each, plain.detach(), atol=TOLERANCE, rtol=TOLERANCE)
@@ -228,7 +248,10 @@ def test_guided_greedy_sampling_equals_the_uncached_formula(model):
     captions, guidance = ["blue dog, light tone", "green apple"], 1.5
     tokens = sample_tokens(model, captions, guidance=guidance, top_k=1, top_p=1.0)
     inputs, sides = model.inputs(tokens), []
-    for texts, (maps, doubt) in ((captions, model.draft(*model.vocabulary.sets(captions))), (["", ""], model.draft.null(2))):
+    for texts, (maps, doubt) in (
+        (captions, model.draft(*model.vocabulary.sets(captions))),
+        (["", ""], model.draft.null(2)),
+    ):
         with torch.no_grad():
             sides.append(model(model.vocabulary.ids(texts), inputs, model.rows(maps), doubt))
     t = guidance * model.level / (len(model.lengths) - 1)
@@ -238,15 +261,27 @@ def test_guided_greedy_sampling_equals_the_uncached_formula(model):
     assert gap.max() < 1e-3
 
 
-@pytest.mark.parametrize(("options", "word"), [({"top_p": 0.0}, "top_p"), ({"top_k": -1}, "top_k"), ({"guidance": -1.0}, "guidance")])
+@pytest.mark.parametrize(
+    ("options", "word"), [({"top_p": 0.0}, "top_p"), ({"top_k": -1}, "top_k"), ({"guidance": -1.0}, "guidance")]
+)
 def test_options_out_of_range_are_named(model, options, word):
     with pytest.raises(ValueError, match=f"sample_tokens: {word}: wanted"):
         sample_tokens(model, ["red cat"], **options)
 
 
 def trained(tokenizer, pictures, coded, folder, steps, **options):
-    return train_generator(tokenizer, pictures, coded[1], coded[2], folder, seed=7, steps=steps, recipe=Recipe(batch=4, warmup=2),
-                           **SIZES, **options)
+    return train_generator(
+        tokenizer,
+        pictures,
+        coded[1],
+        coded[2],
+        folder,
+        seed=7,
+        steps=steps,
+        recipe=Recipe(batch=4, warmup=2),
+        **SIZES,
+        **options,
+    )
 
 
 def test_training_repeats_learns_and_goes_on_after_a_stop(tokenizer, pictures, coded, tmp_path, monkeypatch):
@@ -304,7 +339,11 @@ def test_saved_and_loaded_generators_write_the_same_pictures(tokenizer, model, t
 def test_figures_mark_what_was_never_seen(tokenizer, model, pictures, coded):
     shown = figures(model, tokenizer, pictures, coded[1], typed=("blue apple", "red zebra"), columns=3, measured=4)
     marks = {item["caption"]: item["mark"] for row in shown["rows"] for item in row["items"]}
-    assert marks["red cat, dark tone"] == "unseen pair" and marks["green hat"] == "unseen name" and marks["red zebra"] == "typed"
+    assert (
+        marks["red cat, dark tone"] == "unseen pair"
+        and marks["green hat"] == "unseen name"
+        and marks["red zebra"] == "typed"
+    )
     last = shown["rows"][-1]["items"]
     assert [i["caption"] for i in last] == ["red zebra"] and last[0]["unknown"] == ["zebra"] and last[0]["real"] is None
     for row in shown["rows"]:
@@ -317,4 +356,6 @@ def test_figures_mark_what_was_never_seen(tokenizer, model, pictures, coded):
 
 def test_nearest_picture_of_a_picture_is_itself(pictures):
     rows = torch.arange(0, len(pictures), 5)
-    assert judge(pictures.float_images(rows), rows, pictures) == pytest.approx({"psnr": pytest.approx(96, abs=1), "base": 1.0, "tone": 1.0})
+    assert judge(pictures.float_images(rows), rows, pictures) == pytest.approx(
+        {"psnr": pytest.approx(96, abs=1), "base": 1.0, "tone": 1.0}
+    )

@@ -93,7 +93,9 @@ def test_every_instruction_set_gives_the_same_bits():
 def test_an_unknown_instruction_set_is_a_sentence(wrong):
     """TOKENFLOW_ISA is read when the core is loaded: import goes on without it, and native says why it is missing."""
     path = str(Path(tokenflow_ext.__file__).parents[1])
-    script = "import torch, tokenflow_ext as t; t.ops.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), backend='native')"
+    script = (
+        "import torch, tokenflow_ext as t; t.ops.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), backend='native')"
+    )
     environment = {**os.environ, "TOKENFLOW_ISA": wrong, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from harness import (
-    FLOATS, assert_gradients, assert_near, assert_sentence, compiled, leaves, normal, opcheck, same_bits, with_threads,
+    FLOATS,
+    assert_gradients,
+    assert_near,
+    assert_sentence,
+    compiled,
+    leaves,
+    normal,
+    opcheck,
+    same_bits,
+    with_threads,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +35,9 @@ def test_values_are_the_rows(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("rows", "codes", "groups", "width"), [(1, 1, 0, 1), (500, 7, 0, 5), (130, 300, 4, 8), (3, 2000, 2, 3)])
+@pytest.mark.parametrize(
+    ("rows", "codes", "groups", "width"), [(1, 1, 0, 1), (500, 7, 0, 5), (130, 300, 4, 8), (3, 2000, 2, 3)]
+)
 def test_gradient_of_the_twin(rows, codes, groups, width, dtype):
     shape = (groups, codes, width) if groups else (codes, width)
     indices = integers(*((rows, groups) if groups else (rows,)), high=codes)
@@ -101,13 +112,21 @@ def test_shared_tables():
     for value, codebook in zip(found, codebooks):
         assert same_bits(value, codebook[indices])
     gradients = torch.autograd.grad(sum(v.float().square().sum() for v in found), codebooks)
-    expected = torch.autograd.grad(sum(v.float().square().sum() for v in reference.shared_lookup(indices, codebooks)), codebooks)
+    expected = torch.autograd.grad(
+        sum(v.float().square().sum() for v in reference.shared_lookup(indices, codebooks)), codebooks
+    )
     assert_near(gradients[0], expected[0], 1e-6)
     assert_near(gradients[1], expected[1], 1e-2)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(rows=st.integers(0, 200), codes=st.integers(1, 60), groups=st.integers(1, 4), width=st.integers(1, 40), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(0, 200),
+    codes=st.integers(1, 60),
+    groups=st.integers(1, 4),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
 def test_any_shape(rows, codes, groups, width, seed):
     codebook, wide = leaves(normal(groups, codes, width, seed=seed), normal(groups, codes, width, seed=seed).double())
     indices = integers(rows, groups, high=codes, seed=seed)
@@ -143,7 +162,11 @@ BAD = {
     "integer codes": ("codebook", TypeError, {"codebook": CODES.int()}),
     "rank": ("codebook", ValueError, {"codebook": torch.zeros(4)}),
     "no codes": ("codebook", ValueError, {"codebook": torch.zeros(0, 2)}),
-    "no groups": ("codebook", ValueError, {"codebook": torch.zeros(0, 4, 2), "indices": torch.zeros(3, 0, dtype=torch.int64)}),
+    "no groups": (
+        "codebook",
+        ValueError,
+        {"codebook": torch.zeros(0, 4, 2), "indices": torch.zeros(3, 0, dtype=torch.int64)},
+    ),
     "groups": ("indices", ValueError, {"codebook": torch.zeros(3, 4, 2)}),
     "device": ("indices", ValueError, {"indices": IDS.to("meta")}),
     "backend": ("backend", ValueError, {"backend": "x"}),
@@ -155,7 +178,9 @@ BAD = {
 def test_bad_input(case, backend):
     argument, error, change = BAD[case]
     arguments = {"indices": IDS, "codebook": CODES, "backend": backend, **change}
-    assert_sentence(error, "lookup", argument, lambda: ops.lookup(arguments.pop("indices"), arguments.pop("codebook"), **arguments))
+    assert_sentence(
+        error, "lookup", argument, lambda: ops.lookup(arguments.pop("indices"), arguments.pop("codebook"), **arguments)
+    )
 
 
 SHARED_BAD = {
@@ -178,4 +203,9 @@ def test_bad_input_of_shared_tables(case):
     arguments = {"indices": IDS, "codebooks": (CODES, CODES), "backend": "native", **change}
     # Values are met inside the operator that reads them, which is lookup.
     op = "lookup" if case == "outside" else "shared_lookup"
-    assert_sentence(error, op, argument, lambda: ops.shared_lookup(arguments.pop("indices"), arguments.pop("codebooks"), **arguments))
+    assert_sentence(
+        error,
+        op,
+        argument,
+        lambda: ops.shared_lookup(arguments.pop("indices"), arguments.pop("codebooks"), **arguments),
+    )

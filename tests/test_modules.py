@@ -42,7 +42,9 @@ def test_forward_is_the_op(kind, metric):
     out = quantizer(x)
     options = {"metric": metric, "commitment_weight": 0.3, "codebook_weight": 0.7}
     if kind == "shared":
-        quantized, indices, loss = ops.shared_quantize(x.split((8, 4), -1), quantizer.codebooks(), weights=(1, 3), **options)
+        quantized, indices, loss = ops.shared_quantize(
+            x.split((8, 4), -1), quantizer.codebooks(), weights=(1, 3), **options
+        )
         quantized = torch.cat(quantized, -1)
     else:
         rows = x.unflatten(-1, (3, 4)) if kind == "groups" else x
@@ -99,14 +101,19 @@ def test_ema_update_is_the_formula(kind, metric):
     out = quantizer(x)
     widths = (8, 4) if kind == "shared" else (4, 4, 4) if kind == "groups" else (12,)
     for t, part in enumerate(x.split(widths, -1)):
-        old, new = ([c[t] for c in tables[0:1]][0] if kind == "groups" else tables[t] for tables in (before, quantizer.codebooks()))
+        old, new = (
+            [c[t] for c in tables[0:1]][0] if kind == "groups" else tables[t]
+            for tables in (before, quantizer.codebooks())
+        )
         ids = out.indices[:, t] if kind == "groups" else out.indices
         rows = ops.normalize_rows(part) if metric == "cosine" else part
         expected, counts, sums = old.clone(), torch.ones(40), old.clone()
         ops.ema_update_(expected, counts, sums, *ops.code_statistics(rows, ids, 40), decay=0.7, metric=metric)
         assert_near(new, expected, 2e-6)
         assert same_bits(new[ids.bincount(minlength=40) == 0], old[ids.bincount(minlength=40) == 0])
-    assert_near(quantizer.codebook.ema_counts.sum(-1), 0.7 * 40 + 0.3 * torch.full((quantizer.codebook.groups,), 64.0), 1e-6)
+    assert_near(
+        quantizer.codebook.ema_counts.sum(-1), 0.7 * 40 + 0.3 * torch.full((quantizer.codebook.groups,), 64.0), 1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +158,9 @@ def test_freeze(update):
     assert changed(quantizer, before) == {"codebook.hits"}
     assert x.grad.any() and not any(t.requires_grad for t in quantizer.codebooks())
     still = build(update="none")
-    still.load_state_dict({name: tensor for name, tensor in quantizer.state_dict().items() if name in still.state_dict()})
+    still.load_state_dict(
+        {name: tensor for name, tensor in quantizer.state_dict().items() if name in still.state_dict()}
+    )
     assert same_bits(quantizer(x).loss, still(x).loss), "the commitment loss alone stays"
 
 
@@ -200,10 +209,15 @@ def test_checkpoint_counts_once(kind):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{"update": "ema"}, {"update": "gradient", "dead_code_threshold": 3}], ids=["ema", "revival"])
+@pytest.mark.parametrize(
+    "options", [{"update": "ema"}, {"update": "gradient", "dead_code_threshold": 3}], ids=["ema", "revival"]
+)
 def test_backward_after_the_codebook_moved(kind, metric, options):
     """EMA and revival move the codebook inside forward; the gradients, entropy's included, are those of the codes searched."""
-    moving, (x,) = build(kind, metric=metric, entropy_weight=0.1, entropy_temperature=1.0, **options), leaves(normal(64, 12, seed=1))
+    moving, (x,) = (
+        build(kind, metric=metric, entropy_weight=0.1, entropy_temperature=1.0, **options),
+        leaves(normal(64, 12, seed=1)),
+    )
     still = build(kind, metric=metric, entropy_weight=0.1, entropy_temperature=1.0, update="none")
     still.codebook_weight = moving.codebook_weight
     before = state(moving)
@@ -226,7 +240,11 @@ def test_two_forwards_then_one_backward():
 
 
 def test_entropy_term():
-    quantizer, plain, (x,) = build("shared", entropy_weight=0.2, entropy_temperature=0.5), build("shared"), leaves(normal(30, 12, seed=1))
+    quantizer, plain, (x,) = (
+        build("shared", entropy_weight=0.2, entropy_temperature=0.5),
+        build("shared"),
+        leaves(normal(30, 12, seed=1)),
+    )
     tables = quantizer.codebooks()
     first, second = entropy_loss(x.split((8, 4), -1), tables, metric="cosine", temperature=0.5, weights=(1.0, 3.0))
     assert first >= 0 and second >= 0
@@ -401,7 +419,15 @@ BAD = {
 def test_bad_options(case, kind):
     argument, error, change = BAD[case]
     options = {"codebook_size": 40, **change}
-    assert_sentence(error, kind.__name__, argument, kind, 12 if kind is VectorQuantizer else (8, 4), options.pop("codebook_size"), **options)
+    assert_sentence(
+        error,
+        kind.__name__,
+        argument,
+        kind,
+        12 if kind is VectorQuantizer else (8, 4),
+        options.pop("codebook_size"),
+        **options,
+    )
 
 
 def test_bad_shapes():
@@ -411,7 +437,12 @@ def test_bad_shapes():
     assert_sentence(ValueError, "SharedIndexQuantizer", "dims", SharedIndexQuantizer, 12, 4)
     assert_sentence(ValueError, "SharedIndexQuantizer", "weights", SharedIndexQuantizer, (8, 4), 4, weights=(1.0,))
     for kind, name in (("vector", "VectorQuantizer"), ("shared", "SharedIndexQuantizer")):
-        for error, x in ((ValueError, torch.zeros(3, 11)), (ValueError, torch.zeros(())), (TypeError, torch.zeros(3, 12).long()), (TypeError, None)):
+        for error, x in (
+            (ValueError, torch.zeros(3, 11)),
+            (ValueError, torch.zeros(())),
+            (TypeError, torch.zeros(3, 12).long()),
+            (TypeError, None),
+        ):
             assert_sentence(error, name, "x", build(kind), x)
             assert_sentence(error, name, "x", build(kind).encode, x)
         assert_sentence(TypeError, "lookup", "indices", build(kind).decode, torch.zeros(3))

@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 import torch
 from harness import (
-    FLOATS, METRICS, assert_near, assert_sentence, canonical_scores, compiled, exact_scores, group_near_ties, near_ties,
-    normal, opcheck, same_bits, with_threads,
+    FLOATS,
+    METRICS,
+    assert_near,
+    assert_sentence,
+    canonical_scores,
+    compiled,
+    exact_scores,
+    group_near_ties,
+    near_ties,
+    normal,
+    opcheck,
+    same_bits,
+    with_threads,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +26,16 @@ from hypothesis import strategies as st
 from tokenflow_ext import ops, reference
 from tokenflow_ext.ops import nearest_code
 
-SHAPES = [(1, 1, 1), (5, 1, 3), (67, 33, 1), (130, 100, 8), (64, 32, 40), (321, 2500, 32), (77, 1031, 13), (3, 4096, 256)]
+SHAPES = [
+    (1, 1, 1),
+    (5, 1, 3),
+    (67, 33, 1),
+    (130, 100, 8),
+    (64, 32, 40),
+    (321, 2500, 32),
+    (77, 1031, 13),
+    (3, 4096, 256),
+]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -47,7 +67,9 @@ def test_canonical_bits(rows, codes, width, metric):
     exact = canonical_scores([x], [codebook], metric)
     order = np.argsort(exact, axis=1, kind="stable")
     assert np.array_equal(ids.numpy(), order.reshape(ids.shape))
-    assert np.array_equal(scores.numpy().view(np.int32), np.take_along_axis(exact, order, 1).reshape(ids.shape).view(np.int32))
+    assert np.array_equal(
+        scores.numpy().view(np.int32), np.take_along_axis(exact, order, 1).reshape(ids.shape).view(np.int32)
+    )
     assert np.array_equal(nearest_code(x, codebook, metric=metric, backend="native").numpy(), order[:, 0])
 
 
@@ -197,7 +219,9 @@ def test_any_shape_gives_the_canonical_id(rows, codes, width, metric, scale, see
     exact = canonical_scores([x], [codebook], metric)
     found, scores = nearest_code(x, codebook, metric=metric, return_scores=True, backend="native")
     assert np.array_equal(found.numpy(), exact.argmin(1))
-    assert np.array_equal(scores.numpy().view(np.int32), exact.min(1).view(np.int32) if rows else scores.numpy().view(np.int32))
+    assert np.array_equal(
+        scores.numpy().view(np.int32), exact.min(1).view(np.int32) if rows else scores.numpy().view(np.int32)
+    )
 
 
 @pytest.mark.parametrize(("topk", "scores"), [(1, False), (3, True)])
@@ -213,7 +237,9 @@ def test_compile():
 
 
 def test_ids_carry_no_gradient():
-    ids, scores = nearest_code(normal(3, 4).requires_grad_(), normal(5, 4).requires_grad_(), return_scores=True, backend="native")
+    ids, scores = nearest_code(
+        normal(3, 4).requires_grad_(), normal(5, 4).requires_grad_(), return_scores=True, backend="native"
+    )
     assert not ids.requires_grad and not scores.requires_grad
 
 
@@ -251,7 +277,14 @@ BAD = [
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize(("argument", "error", "change"), BAD, ids=[f"{a}-{list(c.values())[0]!r:.20}" for a, _, c in BAD])
+@pytest.mark.parametrize(
+    ("argument", "error", "change"), BAD, ids=[f"{a}-{list(c.values())[0]!r:.20}" for a, _, c in BAD]
+)
 def test_bad_input(argument, error, change, backend):
     arguments = {"x": X, "codebook": CODES, "backend": backend, **change}
-    assert_sentence(error, "nearest_code", argument, lambda: ops.nearest_code(arguments.pop("x"), arguments.pop("codebook"), **arguments))
+    assert_sentence(
+        error,
+        "nearest_code",
+        argument,
+        lambda: ops.nearest_code(arguments.pop("x"), arguments.pop("codebook"), **arguments),
+    )

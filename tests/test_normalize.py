@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 from harness import (
-    FLOATS, assert_gradients, assert_near, assert_sentence, canonical_unit, compiled, leaves, normal, opcheck, same_bits, with_threads,
+    FLOATS,
+    assert_gradients,
+    assert_near,
+    assert_sentence,
+    canonical_unit,
+    compiled,
+    leaves,
+    normal,
+    opcheck,
+    same_bits,
+    with_threads,
 )  # fmt: skip
 
 from tokenflow_ext import reference

@@ -46,7 +46,9 @@ def test_setup_is_tiny():
 
 def test_build_info():
     info = tokenflow_ext.build_info()
-    assert info["native"] is True and info["version"] == tokenflow_ext.__version__ and info["torch"] == torch.__version__
+    assert (
+        info["native"] is True and info["version"] == tokenflow_ext.__version__ and info["torch"] == torch.__version__
+    )
     assert {"compiler", "instruction_sets", "instruction_set", "cuda", "threads"} <= set(info)
 
 

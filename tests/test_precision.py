@@ -45,7 +45,9 @@ def loop_in_type(features, codebooks, widths):
 
 def report(capsys, name, changed, in_type, total):
     with capsys.disabled():
-        print(f"\n  {name}: {changed} of {total} ids changed; the search in that type changes {in_type} ({in_type / total:.1%})")
+        print(
+            f"\n  {name}: {changed} of {total} ids changed; the search in that type changes {in_type} ({in_type / total:.1%})"
+        )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -61,7 +63,13 @@ def test_single_scale(dtype, metric, capsys):
     changed = int((half(features).indices != expected).sum())
     report(capsys, f"{metric}, {dtype}", changed, in_type, 2048)
     assert changed == 0 and torch.equal(half.encode(features), expected)
-    near_ties(expected, reference.nearest_code(features.double(), table.detach().double(), metric=metric), [features], [table], metric)
+    near_ties(
+        expected,
+        reference.nearest_code(features.double(), table.detach().double(), metric=metric),
+        [features],
+        [table],
+        metric,
+    )
     assert in_type > 0, "the comparison shows nothing if the half type changes nothing"
 
 
@@ -78,7 +86,11 @@ def test_nine_scales(dtype, capsys):
     changed = int((out.indices != expected.indices).sum())
     report(capsys, f"nine scales, {dtype}", changed, in_type, expected.indices.numel())
     assert changed == 0 and same_bits(out.quantized, expected.quantized.to(dtype))
-    rows = ops.multiscale_rows(features.double(), out.indices, [t.double() for t in tables], scales=SCALES).flatten(0, 1).split(widths, -1)
+    rows = (
+        ops.multiscale_rows(features.double(), out.indices, [t.double() for t in tables], scales=SCALES)
+        .flatten(0, 1)
+        .split(widths, -1)
+    )
     exact = reference.shared_nearest_code(rows, [t.detach().double() for t in tables])
     near_ties(out.indices, exact, [r.float() for r in rows], [t.float() for t in tables], "cosine")
     assert in_type > 0, "the comparison shows nothing if the half type changes nothing"

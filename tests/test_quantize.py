@@ -5,8 +5,19 @@ import copy
 import pytest
 import torch
 from harness import (
-    FLOATS, METRICS, assert_gradients, assert_near, assert_sentence, compiled, frozen_quantize, group_near_ties, leaves, normal,
-    opcheck, same_bits, with_threads,
+    FLOATS,
+    METRICS,
+    assert_gradients,
+    assert_near,
+    assert_sentence,
+    compiled,
+    frozen_quantize,
+    group_near_ties,
+    leaves,
+    normal,
+    opcheck,
+    same_bits,
+    with_threads,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,7 +72,9 @@ def test_values_and_gradients(rows, codes, width, groups, metric, dtype):
     if group_near_ties(out.indices, twin.indices, x, codebook, metric) == 0:
         assert_near(twin.loss, loss, 1e-13, "the twin's loss")
         assert_near(twin.quantized, quantized, 1e-13, "the twin's value")
-        assert_gradients(torch.autograd.grad((twin.quantized * upstream).sum() + 3 * twin.loss, wide), expected, 1e-12, size)
+        assert_gradients(
+            torch.autograd.grad((twin.quantized * upstream).sum() + 3 * twin.loss, wide), expected, 1e-12, size
+        )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -95,7 +108,9 @@ def test_float_types(x_type, codebook_type, metric):
     assert same_bits(out.quantized, full.quantized.to(x_type))
     upstream = normal(70, 8, seed=3, dtype=x_type)
     gradients = torch.autograd.grad((out.quantized, out.loss), (x, codebook), (upstream, torch.tensor(2.0, dtype=real)))
-    expected = torch.autograd.grad((full.quantized, full.loss), wide, (upstream.to(real), torch.tensor(2.0, dtype=real)))
+    expected = torch.autograd.grad(
+        (full.quantized, full.loss), wide, (upstream.to(real), torch.tensor(2.0, dtype=real))
+    )
     assert same_bits(gradients[0], expected[0].to(x_type)) and same_bits(gradients[1], expected[1].to(codebook_type))
 
 
@@ -214,7 +229,10 @@ def test_zero_rows_ties_and_zero_codes(metric):
 def test_views_and_empty_batches():
     x, codebook = normal(8, 20, seed=1), normal(6, 60, seed=2).T
     view = x.T[:, 1:7]
-    out, plain = quantize(view, codebook, backend="native"), quantize(view.contiguous(), codebook.contiguous(), backend="native")
+    out, plain = (
+        quantize(view, codebook, backend="native"),
+        quantize(view.contiguous(), codebook.contiguous(), backend="native"),
+    )
     assert same_bits(out.quantized, plain.quantized) and out.quantized.is_contiguous()
     a, c = leaves(torch.empty(0, 6), codebook)
     empty = quantize(a, c, backend="native")
@@ -248,7 +266,9 @@ def test_an_ema_step_between_forward_and_backward_changes_no_gradient():
             rows = a.detach().float()
             counts, sums = ops.code_statistics(rows, moved.indices, 5)
             ops.ema_update_(codebook, torch.ones(5), normal(5, 3, seed=2), counts, sums, decay=0.5, metric=metric)
-            moved_grad, still_grad = (torch.autograd.grad(o.loss + o.quantized.float().square().sum(), i) for o, i in ((moved, a), (still, b)))
+            moved_grad, still_grad = (
+                torch.autograd.grad(o.loss + o.quantized.float().square().sum(), i) for o, i in ((moved, a), (still, b))
+            )
             assert same_bits(moved_grad[0], still_grad[0])
 
 
@@ -275,7 +295,9 @@ def test_result_is_a_named_tuple():
 )  # fmt: skip
 def test_any_shape(rows, codes, width, groups, metric, seed, dtype, commitment, codebook_weight):
     weights = {"commitment_weight": commitment, "codebook_weight": codebook_weight}
-    x, codebook = leaves(normal(rows, groups, width, seed=seed, dtype=dtype), normal(groups, codes, width, seed=seed + 1))
+    x, codebook = leaves(
+        normal(rows, groups, width, seed=seed, dtype=dtype), normal(groups, codes, width, seed=seed + 1)
+    )
     out = quantize(x, codebook, metric=metric, **weights, backend="native")
     assert torch.equal(out.indices, nearest_code(x, codebook, metric=metric, backend="native"))
     wide = leaves(x.double(), codebook.double())
@@ -293,7 +315,17 @@ def test_opcheck():
     for metric in METRICS:
         x, codebook = normal(9, 2, 4).requires_grad_(), normal(2, 20, 4).requires_grad_()
         opcheck("quantize", x, codebook, [4], [1.0], metric, 0.25, 1.0, True)
-    opcheck("quantize", normal(9, 1, 4, dtype=torch.bfloat16).requires_grad_(), normal(1, 20, 4), [4], [1.0], "cosine", 0.25, 1.0, True)
+    opcheck(
+        "quantize",
+        normal(9, 1, 4, dtype=torch.bfloat16).requires_grad_(),
+        normal(1, 20, 4),
+        [4],
+        [1.0],
+        "cosine",
+        0.25,
+        1.0,
+        True,
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -334,4 +366,6 @@ BAD = {
 def test_bad_input(case, backend):
     argument, error, change = BAD[case]
     arguments = {"x": X, "codebook": CODES, "backend": backend, **change}
-    assert_sentence(error, "quantize", argument, lambda: ops.quantize(arguments.pop("x"), arguments.pop("codebook"), **arguments))
+    assert_sentence(
+        error, "quantize", argument, lambda: ops.quantize(arguments.pop("x"), arguments.pop("codebook"), **arguments)
+    )

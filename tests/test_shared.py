@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 import torch
 from harness import (
-    METRICS, assert_gradients, assert_near, assert_sentence, canonical_scores, compiled, frozen_quantize, leaves, near_ties,
-    normal, opcheck, same_bits, with_threads,
+    METRICS,
+    assert_gradients,
+    assert_near,
+    assert_sentence,
+    canonical_scores,
+    compiled,
+    frozen_quantize,
+    leaves,
+    near_ties,
+    normal,
+    opcheck,
+    same_bits,
+    with_threads,
 )  # fmt: skip
 
 from tokenflow_ext import ops, reference
@@ -26,8 +37,17 @@ def test_ids_of_the_twin(widths, weights, metric):
     xs, codebooks = problem(widths)
     found = shared_nearest_code(xs, codebooks, metric=metric, weights=weights, backend="native")
     wide = [[t.double() for t in part] for part in (xs, codebooks)]
-    near_ties(found, reference.shared_nearest_code(*wide, metric=metric, weights=weights), xs, codebooks, metric, weights)
-    near_ties(found, reference.shared_nearest_code(xs, codebooks, metric=metric, weights=weights), xs, codebooks, metric, weights)
+    near_ties(
+        found, reference.shared_nearest_code(*wide, metric=metric, weights=weights), xs, codebooks, metric, weights
+    )
+    near_ties(
+        found,
+        reference.shared_nearest_code(xs, codebooks, metric=metric, weights=weights),
+        xs,
+        codebooks,
+        metric,
+        weights,
+    )
     exact = canonical_scores([x[:40] for x in xs], codebooks, metric, weights)
     assert np.array_equal(found[:40].numpy(), exact.argmin(1))
 
@@ -51,12 +71,16 @@ def test_ids_minimise_the_weighted_sum_of_distances():
 def test_one_table_is_the_plain_search():
     (x,), (codebook,) = problem((9,))
     for metric in METRICS:
-        assert torch.equal(shared_nearest_code([x], [codebook], metric=metric), nearest_code(x, codebook, metric=metric))
+        assert torch.equal(
+            shared_nearest_code([x], [codebook], metric=metric), nearest_code(x, codebook, metric=metric)
+        )
 
 
 def test_cosine_is_the_default():
     xs, codebooks = problem((32, 8))
-    assert torch.equal(shared_nearest_code(xs, codebooks), shared_nearest_code(xs, codebooks, metric="cosine", weights=(1, 1)))
+    assert torch.equal(
+        shared_nearest_code(xs, codebooks), shared_nearest_code(xs, codebooks, metric="cosine", weights=(1, 1))
+    )
     assert torch.equal(shared_quantize(xs, codebooks).indices, shared_nearest_code(xs, codebooks))
 
 
@@ -71,7 +95,9 @@ def test_values_and_gradients(widths, weights, metric, dtype):
     x, c = inputs[: len(widths)], inputs[len(widths) :]
     options = {"metric": metric, "commitment_weight": 0.4, "codebook_weight": 1.5}
     out = shared_quantize(x, c, weights=weights, **options, backend="native")
-    assert torch.equal(out.indices, shared_nearest_code(xs, codebooks, metric=metric, weights=weights, backend="native"))
+    assert torch.equal(
+        out.indices, shared_nearest_code(xs, codebooks, metric=metric, weights=weights, backend="native")
+    )
     assert out.loss.shape == () and out.loss.dtype == dtype
     for value, codebook, row in zip(out.quantized, codebooks, xs):
         code = lookup(out.indices, codebook)
@@ -119,7 +145,9 @@ def test_half_rows_are_searched_in_float32(dtype):
     upstream = [normal(*x.shape, seed=8, dtype=dtype) for x in xs]
     total = sum((q.float() * g.float()).sum() for q, g in zip(out.quantized, upstream)) + out.loss
     full_total = sum((q * g.float()).sum() for q, g in zip(full.quantized, upstream)) + full.loss
-    gradients, expected = (torch.autograd.grad(t, i) for t, i in ((total, half + tables), (full_total, full_rows + full_tables)))
+    gradients, expected = (
+        torch.autograd.grad(t, i) for t, i in ((total, half + tables), (full_total, full_rows + full_tables))
+    )
     for a, b in zip(gradients, expected):
         assert same_bits(a, b.to(a.dtype))
 
@@ -130,7 +158,11 @@ def test_threads_change_no_bit():
     def call():
         inputs = leaves(*xs, *codebooks)
         out = shared_quantize(inputs[:2], inputs[2:], weights=(1, 4), backend="native")
-        return [*out.quantized, out.loss, *torch.autograd.grad(out.loss + sum(q.square().sum() for q in out.quantized), inputs)]
+        return [
+            *out.quantized,
+            out.loss,
+            *torch.autograd.grad(out.loss + sum(q.square().sum() for q in out.quantized), inputs),
+        ]
 
     first, *others = with_threads((1, 2, 3, 8), call)
     for other in others:
@@ -146,7 +178,9 @@ def test_shapes_views_and_empty_batches():
     assert out.quantized[1].shape == (2, 3, 4, 3) and same_bits(out.loss, flat.loss)
     joined = torch.cat(grid, -1).movedim(-1, 1).contiguous().movedim(1, -1)
     views = shared_quantize(joined.split((6, 3), -1), [c.T.contiguous().T for c in codebooks], backend="native")
-    assert torch.equal(views.indices, out.indices) and all(same_bits(a, b) for a, b in zip(views.quantized, out.quantized))
+    assert torch.equal(views.indices, out.indices) and all(
+        same_bits(a, b) for a, b in zip(views.quantized, out.quantized)
+    )
     empty = shared_quantize([x[:0] for x in xs], codebooks, backend="native")
     assert empty.indices.shape == (0,) and empty.loss.item() == 0 and empty.quantized[0].shape == (0, 6)
     single = shared_quantize([x[0] for x in xs], codebooks, backend="native")
@@ -233,7 +267,9 @@ LOSS = {
 def test_bad_input(case, op):
     argument, error, change = BAD[case]
     arguments = {"xs": XS, "codebooks": TABLES_7, "backend": "native", **change}
-    assert_sentence(error, op, argument, lambda: getattr(ops, op)(arguments.pop("xs"), arguments.pop("codebooks"), **arguments))
+    assert_sentence(
+        error, op, argument, lambda: getattr(ops, op)(arguments.pop("xs"), arguments.pop("codebooks"), **arguments)
+    )
 
 
 @pytest.mark.parametrize("case", LOSS)

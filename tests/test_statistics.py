@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from harness import FLOATS, METRICS, assert_near, assert_sentence, compiled, leaves, normal, opcheck, same_bits, with_threads
+from harness import (
+    FLOATS,
+    METRICS,
+    assert_near,
+    assert_sentence,
+    compiled,
+    leaves,
+    normal,
+    opcheck,
+    same_bits,
+    with_threads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,8 +5,6 @@ import signal
 
 import pytest
 import torch
-from torch import nn
-
 from tokenflow.evaluation.probe import balanced_probe
 from tokenflow.evaluation.reconstruction import code_use, psnr
 from tokenflow.evaluation.retrieval import Ranks, TextRegression, ranks_of_diagonal
@@ -16,6 +14,7 @@ from tokenflow.models.tokenflow import Config, TokenFlow
 from tokenflow.teacher import teacher_targets
 from tokenflow.training.run import Stage, WeightAverage
 from tokenflow.training.tokenizer import Recipe, train_tokenizer
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +201,13 @@ def test_bag_of_words_is_unit_and_rare_words_weigh_more():
 @pytest.fixture
 def metric():
     generator = torch.Generator().manual_seed(0)
-    shapes = {"slice1.0": (64, 3, 11, 11), "slice2.5": (192, 64, 5, 5), "slice3.9": (384, 192, 3, 3), "slice4.11": (256, 384, 3, 3), "slice5.13": (256, 256, 3, 3)}
+    shapes = {
+        "slice1.0": (64, 3, 11, 11),
+        "slice2.5": (192, 64, 5, 5),
+        "slice3.9": (384, 192, 3, 3),
+        "slice4.11": (256, 384, 3, 3),
+        "slice5.13": (256, 256, 3, 3),
+    }
     state = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.ones(1, 3, 1, 1)}
     for level, (name, shape) in enumerate(shapes.items()):
         state[f"net.{name}.weight"] = torch.randn(shape, generator=generator) * (shape[1] * shape[2] ** 2) ** -0.5

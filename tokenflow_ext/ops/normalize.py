@@ -4,7 +4,7 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import LIBRARY, _C, define, define_backward, threads, use_native, view
+from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, use_native, view
 
 
 def _normalize_rows(x):

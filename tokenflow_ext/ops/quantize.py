@@ -6,8 +6,8 @@ from tokenflow_ext import reference
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import (
-    LIBRARY,
     _C,
+    LIBRARY,
     define,
     define_backward,
     real,
