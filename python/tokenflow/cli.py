@@ -118,8 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
     # this when torch is first imported, which the commands do.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     commands = {"demo": Demo, "reconstruct": Reconstruct, "encode": Encode, "generate": Generate, "info": Info}
-    command = tyro.extras.subcommand_cli_from_dict(commands, prog="tokenflow", args=arguments, description=__doc__,
-                                                   config=(tyro.conf.OmitArgPrefixes,))
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="tokenflow", args=arguments, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+    )
     try:
         command.run()
     except (Missing, FileNotFoundError, ValueError) as error:

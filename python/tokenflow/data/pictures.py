@@ -64,8 +64,15 @@ class Pictures:
         """The pictures at `rows` [n], in that order."""
         rows = [int(r) for r in rows]
         pick = lambda values: [values[r] for r in rows]  # noqa: E731
-        return Pictures(self.images[rows], pick(self.captions), pick(self.bases), pick(self.tones),
-                        pick(self.groups), pick(self.split), list(self.skipped))
+        return Pictures(
+            self.images[rows],
+            pick(self.captions),
+            pick(self.bases),
+            pick(self.tones),
+            pick(self.groups),
+            pick(self.split),
+            list(self.skipped),
+        )
 
     def select(self, *names: str) -> Pictures:
         """The pictures whose split is one of `names`."""
@@ -123,7 +130,7 @@ def stable_order(names: Sequence[str]) -> list[str]:
 
 
 def split_by_base(bases: Sequence[str], groups: Sequence[str], share: float = HELD_OUT) -> list[str]:
-    """"train" or "test" for each picture, so that no base name is in both.
+    """ "train" or "test" for each picture, so that no base name is in both.
 
     In every group the first `share` of the bases in `stable_order` is held out, and at least one where a group has two, so that
     each class of the probe has test pictures. The split depends on the names alone: numbers of two runs are about the same pictures.

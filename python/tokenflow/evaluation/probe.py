@@ -30,8 +30,9 @@ def probe_classes(train_groups: Sequence[str], test_groups: Sequence[str]) -> li
     return sorted((set(train_groups) & set(test_groups)) - {""})
 
 
-def balanced_probe(train: Tensor, train_groups: Sequence[str], test: Tensor, test_groups: Sequence[str], *,
-                   strength: float = STRENGTH) -> Probe | None:
+def balanced_probe(
+    train: Tensor, train_groups: Sequence[str], test: Tensor, test_groups: Sequence[str], *, strength: float = STRENGTH
+) -> Probe | None:
     """Class-balanced logistic regression on standardised features; None with fewer than two classes.
 
     Args:
@@ -65,7 +66,9 @@ def fitted_accuracy(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classe
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (F.cross_entropy(x @ weight + bias, y, reduction="none") * share).sum() + strength * weight.square().sum()
+        loss = (
+            F.cross_entropy(x @ weight + bias, y, reduction="none") * share
+        ).sum() + strength * weight.square().sum()
         loss.backward()
         return loss
 

@@ -54,8 +54,12 @@ class TextRegression:
         order = stable_order(bases)
         held_out = set(order[: round(VALIDATION_SHARE * len(order))])
         validation = torch.tensor([base in held_out for base in bases])
-        best = max(LAMBDAS, key=lambda ridge: self._fit(features[~validation], vectors[~validation], share[~validation], ridge)
-                   ._agreement(features[validation], vectors[validation], share[validation]))
+        best = max(
+            LAMBDAS,
+            key=lambda ridge: self._fit(
+                features[~validation], vectors[~validation], share[~validation], ridge
+            )._agreement(features[validation], vectors[validation], share[validation]),
+        )
         self.ridge = best
         self._fit(features, vectors, share, best)
 

@@ -74,7 +74,7 @@ class MiniLM:
     def __call__(self, captions: Sequence[str], *, batch: int = 256) -> Tensor:
         """Vectors of the captions; equal captions are computed once."""
         distinct = sorted(set(captions), key=lambda c: (len(c), c))
-        vectors = torch.cat([self._vectors(distinct[i:i + batch]) for i in range(0, len(distinct), batch)])
+        vectors = torch.cat([self._vectors(distinct[i : i + batch]) for i in range(0, len(distinct), batch)])
         row = {caption: i for i, caption in enumerate(distinct)}
         return vectors[[row[c] for c in captions]]
 
@@ -83,14 +83,19 @@ class MiniLM:
         ids = torch.tensor([e.ids for e in encoded])
         mask = torch.tensor([e.attention_mask for e in encoded])
         w = self.weights
-        x = (w["embeddings.word_embeddings.weight"][ids] + w["embeddings.position_embeddings.weight"][: ids.shape[1]]
-             + w["embeddings.token_type_embeddings.weight"][0])
+        x = (
+            w["embeddings.word_embeddings.weight"][ids]
+            + w["embeddings.position_embeddings.weight"][: ids.shape[1]]
+            + w["embeddings.token_type_embeddings.weight"][0]
+        )
         x = self._norm(x, "embeddings.LayerNorm")
         hidden = torch.where(mask.bool(), 0.0, -torch.inf)[:, None, None, :]
         for layer in range(LAYERS):
             name = f"encoder.layer.{layer}"
-            q, k, v = (self._linear(x, f"{name}.attention.self.{part}").unflatten(2, (HEADS, -1)).transpose(1, 2)
-                       for part in ("query", "key", "value"))
+            q, k, v = (
+                self._linear(x, f"{name}.attention.self.{part}").unflatten(2, (HEADS, -1)).transpose(1, 2)
+                for part in ("query", "key", "value")
+            )
             weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + hidden).softmax(-1)
             attended = self._linear((weights @ v).transpose(1, 2).flatten(2), f"{name}.attention.output.dense")
             x = self._norm(x + attended, f"{name}.attention.output.LayerNorm")

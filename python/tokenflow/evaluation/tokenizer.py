@@ -57,8 +57,7 @@ def pixel_grid(pictures: Pictures, side: int | None = None) -> Tensor:
     return (images if side is None else F.adaptive_avg_pool2d(images, side)).flatten(1)
 
 
-def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tensor,
-             targets: Tensor) -> dict[str, Any]:
+def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tensor, targets: Tensor) -> dict[str, Any]:
     """The numbers by name, None where one cannot be measured (no groups, ST-LPIPS not installed); under "found" what the page
     shows of the retrieval: rows [n] of the candidates and scores [n, n] (picture, caption).
 
@@ -77,12 +76,22 @@ def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tenso
     ranked, rows, scores = retrieval(model, pictures, f_hat)
     decoded = decode_all(model, indices[test])
     with torch.inference_mode():
-        cosine = {name: float(F.cosine_similarity(torch.cat([model.decode_semantic(c) for c in f_hat[rows].split(64)]),
-                                                  targets[rows], dim=1).mean()) for name, rows in (("test", test), ("train", some))}
+        cosine = {
+            name: float(
+                F.cosine_similarity(
+                    torch.cat([model.decode_semantic(c) for c in f_hat[rows].split(64)]), targets[rows], dim=1
+                ).mean()
+            )
+            for name, rows in (("test", test), ("train", some))
+        }
     _, use, perplexity = code_use(indices, model.config.codebook_size)
     by_scale = [code_use(part, model.config.codebook_size)[2] for part in model.quantizer.split(indices)]
     return {
-        "pictures": {"training": len(train), "held out": len(test), "held-out bases": len({pictures.bases[r] for r in test})},
+        "pictures": {
+            "training": len(train),
+            "held out": len(test),
+            "held-out bases": len({pictures.bases[r] for r in test}),
+        },
         "psnr": by_prefix[-1],
         "psnr of training pictures": float(psnr(decode_all(model, indices[some]), pictures.float_images(some)).mean()),
         "psnr of prefixes": by_prefix,
@@ -101,14 +110,23 @@ def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tenso
 def probes(model: TokenFlow, pictures: Pictures, f_hat: Tensor, train: Tensor, test: Tensor) -> dict[str, Any] | None:
     """Balanced accuracy of the class probe on several kinds of features; None without two classes."""
     groups = [[pictures.groups[r] for r in rows] for rows in (train, test)]
-    kinds = {f"semantic half, {GRID} x {GRID}": semantic_grid(model, f_hat), "semantic half, mean": semantic_grid(model, f_hat, 1),
-             f"pixels, {GRID} x {GRID}": pixel_grid(pictures, GRID), "raw pixels": pixel_grid(pictures)}
+    kinds = {
+        f"semantic half, {GRID} x {GRID}": semantic_grid(model, f_hat),
+        "semantic half, mean": semantic_grid(model, f_hat, 1),
+        f"pixels, {GRID} x {GRID}": pixel_grid(pictures, GRID),
+        "raw pixels": pixel_grid(pictures),
+    }
     results: dict[str, Probe | None] = {
-        name: balanced_probe(x[train], groups[0], x[test], groups[1]) for name, x in kinds.items()}
+        name: balanced_probe(x[train], groups[0], x[test], groups[1]) for name, x in kinds.items()
+    }
     first = next(iter(results.values()))
     if first is None:
         return None
-    return {"classes": first.classes, "smallest class": first.smallest, **{name: p.balanced for name, p in results.items()}}
+    return {
+        "classes": first.classes,
+        "smallest class": first.smallest,
+        **{name: p.balanced for name, p in results.items()},
+    }
 
 
 def retrieval(model: TokenFlow, pictures: Pictures, f_hat: Tensor) -> tuple[dict[str, Any], list[int], Tensor]:
@@ -119,7 +137,10 @@ def retrieval(model: TokenFlow, pictures: Pictures, f_hat: Tensor) -> tuple[dict
     rows = [chosen[base] for base in stable_order(list(chosen))]
     vectors, method = text_vectors(pictures.captions)
     result: dict[str, Any] = {"text": method, "candidates": len(rows)}
-    kinds = {f"semantic half, {GRID} x {GRID}": semantic_grid(model, f_hat), f"pixels, {GRID} x {GRID}": pixel_grid(pictures, GRID)}
+    kinds = {
+        f"semantic half, {GRID} x {GRID}": semantic_grid(model, f_hat),
+        f"pixels, {GRID} x {GRID}": pixel_grid(pictures, GRID),
+    }
     scores = []
     for name, x in kinds.items():
         regression = TextRegression(x[train], vectors[train], bases)

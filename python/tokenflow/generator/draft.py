@@ -75,8 +75,16 @@ class Draft(nn.Module):
         self._inverse: Tensor | None = None
 
     @classmethod
-    def fit(cls, words: Sequence[Sequence[int]], bases: Sequence[int], maps: Tensor, *, count: int, rank: int,
-            strength: float) -> tuple[Draft, Tensor, Tensor]:
+    def fit(
+        cls,
+        words: Sequence[Sequence[int]],
+        bases: Sequence[int],
+        maps: Tensor,
+        *,
+        count: int,
+        rank: int,
+        strength: float,
+    ) -> tuple[Draft, Tensor, Tensor]:
         """Fit to the training captions and say what each would get if it were left out.
 
         Args:

@@ -29,7 +29,9 @@ class ResidualHead(nn.Module):
         low_rank: rows of A.
     """
 
-    def __init__(self, width: int, codebooks: Sequence[Tensor], weights: Sequence[float], levels: int, low_rank: int) -> None:
+    def __init__(
+        self, width: int, codebooks: Sequence[Tensor], weights: Sequence[float], levels: int, low_rank: int
+    ) -> None:
         super().__init__()
         self.dims = [c.shape[1] for c in codebooks]
         count = codebooks[0].shape[0]
@@ -60,7 +62,9 @@ class ResidualHead(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             return nn.functional.linear(rows, self.table(), self.bias)
 
-    def loss(self, y: Tensor, draft: Tensor, inputs: Tensor, level: Tensor, target: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, y: Tensor, draft: Tensor, inputs: Tensor, level: Tensor, target: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Weighted mean of the cross-entropy, 0-dim, and the cross-entropy of each token without gradient, [B, n]; in nats.
 
         Args:
@@ -70,7 +74,9 @@ class ResidualHead(nn.Module):
         """
         rows = self.rows(y, draft, inputs, level).flatten(0, 1)
         with torch.autocast(y.device.type, enabled=False):
-            mean, each = CodeCrossEntropy.apply(rows, self.table(), self.bias, target.flatten(), (share / share.sum()).flatten())
+            mean, each = CodeCrossEntropy.apply(
+                rows, self.table(), self.bias, target.flatten(), (share / share.sum()).flatten()
+            )
         return mean, each.view_as(target)
 
     def rows(self, y: Tensor, draft: Tensor, inputs: Tensor, level: Tensor) -> Tensor:

@@ -75,12 +75,16 @@ class Generator(nn.Module):
         draft: fitted to the training captions.
     """
 
-    def __init__(self, config: GeneratorConfig, vocabulary: Vocabulary, codebooks: Sequence[Tensor], draft: Draft) -> None:
+    def __init__(
+        self, config: GeneratorConfig, vocabulary: Vocabulary, codebooks: Sequence[Tensor], draft: Draft
+    ) -> None:
         super().__init__()
         self.config, self.vocabulary, self.draft = config, vocabulary, draft
         width, levels = config.width, len(config.scales)
         self.lengths = [s * s for s in config.scales]
-        self.register_buffer("level", torch.repeat_interleave(torch.arange(levels), torch.tensor(self.lengths)), persistent=False)
+        self.register_buffer(
+            "level", torch.repeat_interleave(torch.arange(levels), torch.tensor(self.lengths)), persistent=False
+        )
         self.register_buffer("near", neighbours(config.scales), persistent=False)
         for t, codebook in enumerate(codebooks):
             self.register_buffer(f"codebook{t}", codebook.detach().float().clone())
@@ -105,7 +109,9 @@ class Generator(nn.Module):
     def inputs(self, indices: Tensor) -> Tensor:
         """x at the positions of scale 1 and of every scale that the indices [B, L'] allow: [B, rows, C], zero at scale 1."""
         scales = self.config.scales
-        rest = multiscale_inputs(indices, self.codebooks, scales=scales, size=(scales[-1], scales[-1]), rule="accumulate")
+        rest = multiscale_inputs(
+            indices, self.codebooks, scales=scales, size=(scales[-1], scales[-1]), rule="accumulate"
+        )
         return torch.cat([rest.new_zeros(len(indices), self.lengths[0], sum(self.config.dims)), rest], dim=1)
 
     def rows(self, maps: Tensor) -> Tensor:
@@ -143,7 +149,9 @@ class Generator(nn.Module):
         place = self.place + F.embedding(self.level, self.level_embedding)
         return self.enter(patch) + F.embedding(positions, place) + condition
 
-    def forward(self, ids: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor, *, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor, *, last: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, n, K] of all positions before the last scale and of some, or all, of the last.
 
         Args:
@@ -156,8 +164,18 @@ class Generator(nn.Module):
         positions = self.positions(len(ids), last)
         return self.head(*self._states(ids, inputs, inputs, draft, doubt, positions), self.level[positions])
 
-    def loss(self, ids: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor, indices: Tensor, weights: Tensor, *, last: Tensor,
-             noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        ids: Tensor,
+        inputs: Tensor,
+        draft: Tensor,
+        doubt: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        *,
+        last: Tensor,
+        noise: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
         """What `ResidualHead.loss` returns, of the tokens `indices` [B, L], each weighted by `weights` [L].
 
         Args:
@@ -176,8 +194,9 @@ class Generator(nn.Module):
             last = torch.arange(early.shape[1], len(self.level), device=self.level.device).expand(batch, -1)
         return torch.cat([early, last], dim=1)
 
-    def _states(self, ids: Tensor, seen: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor,
-                positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _states(
+        self, ids: Tensor, seen: Tensor, inputs: Tensor, draft: Tensor, doubt: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [B, n, width] after the last block, and draft and inputs there, [B, n, C] each."""
         early = len(self.level) - self.lengths[-1]
         text, mask, condition = self.read(ids, doubt)
@@ -186,12 +205,14 @@ class Generator(nn.Module):
         for block in self.blocks:
             x, _ = block(x, mask=mask, alone=positions.shape[1] - early)
         row = positions[..., None].expand(-1, -1, inputs.shape[-1])
-        return self.norm(x[:, ids.shape[1]:]), draft.gather(1, row), inputs.gather(1, row)
+        return self.norm(x[:, ids.shape[1] :]), draft.gather(1, row), inputs.gather(1, row)
 
     def _mask(self, words: Tensor, early: int) -> Tensor:
         """[B, 1, T + early, T + early]: words see words, a position sees words and the scales up to its own."""
         level = torch.cat([torch.full((words.shape[-1],), -1, device=words.device), self.level[:early]])
-        later = torch.zeros(len(level), len(level), device=words.device).masked_fill(level[None] > level[:, None], -torch.inf)
+        later = torch.zeros(len(level), len(level), device=words.device).masked_fill(
+            level[None] > level[:, None], -torch.inf
+        )
         return F.pad(words, (0, early)) + later
 
     def start(self, ids: Tensor, doubt: Tensor) -> Session:
@@ -240,9 +261,13 @@ class Generator(nn.Module):
         """
         folder = Path(folder)
         if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"Generator.from_pretrained: folder: wanted config.json and model.safetensors, got neither in {folder}")
+            raise FileNotFoundError(
+                f"Generator.from_pretrained: folder: wanted config.json and model.safetensors, got neither in {folder}"
+            )
         description = json.loads((folder / "config.json").read_text())
-        config = GeneratorConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()})
+        config = GeneratorConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
+        )
         vocabulary = Vocabulary.from_dict(description["vocabulary"])
         side = config.scales[-1]
         draft = Draft(len(vocabulary.words), shape=(sum(config.dims), side, side), **description["draft"])

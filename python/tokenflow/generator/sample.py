@@ -43,8 +43,15 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.inference_mode()
-def sample_tokens(model: Generator, captions: Sequence[str], *, guidance: float = GUIDANCE, top_k: int | Sequence[int] = TOP_K,
-                  top_p: float = TOP_P, seed: int | Sequence[int] = 0) -> Tensor:
+def sample_tokens(
+    model: Generator,
+    captions: Sequence[str],
+    *,
+    guidance: float = GUIDANCE,
+    top_k: int | Sequence[int] = TOP_K,
+    top_p: float = TOP_P,
+    seed: int | Sequence[int] = 0,
+) -> Tensor:
     """Tokens of pictures for captions: int64 [B, L].
 
     At scale i of S the logits are (1 + t) cond - t null with t = guidance * i / (S - 1), cut by `limit` and drawn from. Each
@@ -96,8 +103,17 @@ def sample_tokens(model: Generator, captions: Sequence[str], *, guidance: float 
 
 
 @torch.inference_mode()
-def generate(model: Generator, tokenizer, captions: Sequence[str], *, guidance: float = GUIDANCE,
-             top_k: int | Sequence[int] = TOP_K, top_p: float = TOP_P, seed: int = 0, batch: int = 32) -> Tensor:
+def generate(
+    model: Generator,
+    tokenizer,
+    captions: Sequence[str],
+    *,
+    guidance: float = GUIDANCE,
+    top_k: int | Sequence[int] = TOP_K,
+    top_p: float = TOP_P,
+    seed: int = 0,
+    batch: int = 32,
+) -> Tensor:
     """Images for captions: float32 [B, 3, H, W] in [-1, 1]. Options as in `sample_tokens`.
 
     Words that no training caption holds count as unknown; `model.vocabulary.unknown(caption)` names them.
@@ -110,6 +126,8 @@ def generate(model: Generator, tokenizer, captions: Sequence[str], *, guidance: 
     """
     pictures = []
     for start in range(0, len(captions), batch):
-        tokens = sample_tokens(model, captions[start:start + batch], guidance=guidance, top_k=top_k, top_p=top_p, seed=seed + start)
+        tokens = sample_tokens(
+            model, captions[start : start + batch], guidance=guidance, top_k=top_k, top_p=top_p, seed=seed + start
+        )
         pictures.append(tokenizer.decode(tokens).float().clamp(-1, 1))
     return torch.cat(pictures) if pictures else torch.empty(0, 3, 0, 0)

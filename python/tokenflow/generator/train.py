@@ -60,8 +60,12 @@ def features_of(tokenizer: nn.Module, pictures: Pictures, *, batch: int = 64) ->
     They are a smoother target for the draft than the accumulated codes, which carry the error of the search.
     """
     with torch.autocast("cpu", torch.bfloat16):
-        return torch.cat([tokenizer.encode_features(pictures.float_images(slice(i, i + batch))).float()
-                          for i in range(0, len(pictures), batch)])
+        return torch.cat(
+            [
+                tokenizer.encode_features(pictures.float_images(slice(i, i + batch))).float()
+                for i in range(0, len(pictures), batch)
+            ]
+        )
 
 
 def build(tokenizer: nn.Module, pictures: Pictures, maps: Tensor, **sizes: Any) -> tuple[Generator, Tensor, Tensor]:
@@ -77,17 +81,38 @@ def build(tokenizer: nn.Module, pictures: Pictures, maps: Tensor, **sizes: Any) 
         The generator; coordinates [N, R] and doubts [N] of the left-out drafts.
     """
     codebooks = tokenizer.quantizer.codebooks()
-    config = GeneratorConfig(scales=tuple(tokenizer.config.scales), dims=tuple(c.shape[1] for c in codebooks),
-                             weights=(1.0, tokenizer.config.pixel_weight), codes=codebooks[0].shape[0], **sizes)
+    config = GeneratorConfig(
+        scales=tuple(tokenizer.config.scales),
+        dims=tuple(c.shape[1] for c in codebooks),
+        weights=(1.0, tokenizer.config.pixel_weight),
+        codes=codebooks[0].shape[0],
+        **sizes,
+    )
     vocabulary = Vocabulary.fit(pictures.captions, pictures.bases)
-    draft, left_out, doubt = Draft.fit(*vocabulary.sets(pictures.captions), maps, count=len(vocabulary.words),
-                                       rank=config.rank, strength=config.strength)
+    draft, left_out, doubt = Draft.fit(
+        *vocabulary.sets(pictures.captions),
+        maps,
+        count=len(vocabulary.words),
+        rank=config.rank,
+        strength=config.strength,
+    )
     return Generator(config, vocabulary, codebooks, draft), left_out, doubt
 
 
-def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, maps: Tensor, run_dir: Path, seconds: float = 0.0,
-                    seed: int = 0, *, steps: int | None = None, recipe: Recipe = Recipe(), key: str = "",
-                    **sizes: Any) -> tuple[Generator, Stage]:
+def train_generator(
+    tokenizer: nn.Module,
+    pictures: Pictures,
+    indices: Tensor,
+    maps: Tensor,
+    run_dir: Path,
+    seconds: float = 0.0,
+    seed: int = 0,
+    *,
+    steps: int | None = None,
+    recipe: Recipe = Recipe(),
+    key: str = "",
+    **sizes: Any,
+) -> tuple[Generator, Stage]:
     """Train on the pictures of split "train", going on from `run_dir / "generator.ckpt"` if it is there.
 
     Args:
@@ -123,12 +148,23 @@ def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, m
     weights = token_weights(model)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "place" not in n and "words" not in n]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=recipe.rate, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     average = WeightAverage(model, decay=recipe.average)
     settings = {**asdict(recipe), **asdict(model.config), "key": key}
-    stage = Stage("generator", run_dir, seconds=seconds, steps=steps, seed=seed, settings=settings,
-                  parts={"model": Trained(model), "optimizer": optimizer, "average": average})
+    stage = Stage(
+        "generator",
+        run_dir,
+        seconds=seconds,
+        steps=steps,
+        seed=seed,
+        settings=settings,
+        parts={"model": Trained(model), "optimizer": optimizer, "average": average},
+    )
     early, late = len(model.level) - model.lengths[-1], model.lengths[-1]
     model.train()
     for step in stage:
@@ -142,7 +178,9 @@ def train_generator(tokenizer: nn.Module, pictures: Pictures, indices: Tensor, m
         inputs = model.inputs(indices[picked])
         last = early + torch.rand(recipe.batch, late).argsort(1)[:, : max(1, round(recipe.last_share * late))]
         with torch.autocast(inputs.device.type, torch.bfloat16):
-            loss, losses = model.loss(text, inputs, draft, doubt, indices[picked], weights, last=last, noise=recipe.noise)
+            loss, losses = model.loss(
+                text, inputs, draft, doubt, indices[picked], weights, last=last, noise=recipe.noise
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)

@@ -50,8 +50,11 @@ class Vocabulary:
         """The vocabulary of the training captions [N] and their base names [N]."""
         split = [split_words(c) for c in captions]
         length = min(LONGEST, max(map(len, split), default=1))
-        return cls(sorted({w for words in split for w in words}),
-                   sorted({" ".join(split_words(b)) for b in bases} - {""}), max(1, length))
+        return cls(
+            sorted({w for words in split for w in words}),
+            sorted({" ".join(split_words(b)) for b in bases} - {""}),
+            max(1, length),
+        )
 
     def __len__(self) -> int:
         """Number of ids, the three special ones included."""

@@ -63,7 +63,7 @@ class STLPIPS(nn.Module):
         total = 0.0
         for level, feature in enumerate(features):
             unit = F.normalize(feature.float(), dim=1, eps=1e-10)
-            difference = (unit[: len(a)] - unit[len(a):]).square()
+            difference = (unit[: len(a)] - unit[len(a) :]).square()
             total = total + torch.einsum("bchw,c->bhw", difference, getattr(self, f"head{level}")).mean((1, 2))
         return total
 

@@ -25,8 +25,14 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
-                                  nn.GroupNorm(GROUPS, channels), nn.SiLU(), zeroed(nn.Conv2d(channels, channels, 3, padding=1)))
+        self.body = nn.Sequential(
+            nn.GroupNorm(GROUPS, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(GROUPS, channels),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(channels, channels, 3, padding=1)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -49,8 +55,9 @@ class Attention(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
-        self.mlp = nn.Sequential(nn.Linear(channels, expansion * channels), nn.GELU(),
-                                 zeroed(nn.Linear(expansion * channels, channels)))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, expansion * channels), nn.GELU(), zeroed(nn.Linear(expansion * channels, channels))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -68,8 +75,13 @@ class Context(nn.Module):
 
     def __init__(self, channels: int, wide: int, side: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, wide, 3, stride=2, padding=1), Residual(wide), Attention(wide, side),
-                                  nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(wide, channels, 3, padding=1))
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, wide, 3, stride=2, padding=1),
+            Residual(wide),
+            Attention(wide, side),
+            nn.Upsample(scale_factor=2, mode="nearest"),
+            nn.Conv2d(wide, channels, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -78,17 +90,34 @@ class Context(nn.Module):
 def pixel_encoder(dim: int, widths: tuple[int, int, int], side: int) -> nn.Sequential:
     """[B, 3, 4 side, 4 side] -> [B, dim, side, side]."""
     a, b, c = widths
-    return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, a, 3, padding=1), Residual(a),
-                         nn.Conv2d(a, b, 3, stride=2, padding=1), Residual(b), Context(b, c, side // 2),
-                         nn.GroupNorm(GROUPS, b), nn.SiLU(), nn.Conv2d(b, dim, 1))
+    return nn.Sequential(
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(12, a, 3, padding=1),
+        Residual(a),
+        nn.Conv2d(a, b, 3, stride=2, padding=1),
+        Residual(b),
+        Context(b, c, side // 2),
+        nn.GroupNorm(GROUPS, b),
+        nn.SiLU(),
+        nn.Conv2d(b, dim, 1),
+    )
 
 
 def pixel_decoder(dim: int, widths: tuple[int, int, int], side: int) -> nn.Sequential:
     """[B, dim, side, side] -> [B, 3, 4 side, 4 side]."""
     a, b, c = widths
-    return nn.Sequential(nn.Conv2d(dim, b, 3, padding=1), Context(b, c, side // 2), Residual(b),
-                         nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(b, a, 3, padding=1), Residual(a),
-                         nn.GroupNorm(GROUPS, a), nn.SiLU(), nn.Conv2d(a, 12, 3, padding=1), nn.PixelShuffle(2))
+    return nn.Sequential(
+        nn.Conv2d(dim, b, 3, padding=1),
+        Context(b, c, side // 2),
+        Residual(b),
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        nn.Conv2d(b, a, 3, padding=1),
+        Residual(a),
+        nn.GroupNorm(GROUPS, a),
+        nn.SiLU(),
+        nn.Conv2d(a, 12, 3, padding=1),
+        nn.PixelShuffle(2),
+    )
 
 
 class SemanticEncoder(nn.Module):
@@ -97,9 +126,17 @@ class SemanticEncoder(nn.Module):
     def __init__(self, dim: int, widths: tuple[int, int], side: int, *, blocks: int = 2) -> None:
         super().__init__()
         b, c = widths
-        self.body = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, b, 3, padding=1), nn.GroupNorm(GROUPS, b), nn.SiLU(),
-                                  nn.Conv2d(b, c, 3, stride=2, padding=1), Residual(c),
-                                  *(Attention(c, side // 2) for _ in range(blocks)), nn.GroupNorm(GROUPS, c), nn.Conv2d(c, dim, 1))
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, b, 3, padding=1),
+            nn.GroupNorm(GROUPS, b),
+            nn.SiLU(),
+            nn.Conv2d(b, c, 3, stride=2, padding=1),
+            Residual(c),
+            *(Attention(c, side // 2) for _ in range(blocks)),
+            nn.GroupNorm(GROUPS, c),
+            nn.Conv2d(c, dim, 1),
+        )
         self.side = side
 
     def forward(self, images: Tensor) -> Tensor:
@@ -111,8 +148,13 @@ class SemanticDecoder(nn.Module):
 
     def __init__(self, dim: int, width: int, side: int, teacher_dim: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(dim, width, 1), Attention(width, side // 2),
-                                  nn.GroupNorm(GROUPS, width), nn.Conv2d(width, teacher_dim, 1))
+        self.body = nn.Sequential(
+            nn.AvgPool2d(2),
+            nn.Conv2d(dim, width, 1),
+            Attention(width, side // 2),
+            nn.GroupNorm(GROUPS, width),
+            nn.Conv2d(width, teacher_dim, 1),
+        )
 
     def forward(self, semantic: Tensor) -> Tensor:
         return self.body(semantic)

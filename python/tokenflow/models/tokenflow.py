@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer
 from torch import Tensor, nn
 
 from tokenflow.models import tiny
+from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,15 @@ class TokenFlow(nn.Module):
         self.pixel_decoder = tiny.pixel_decoder(config.pixel_dim, (a, b, c), side)
         self.semantic_encoder = tiny.SemanticEncoder(config.semantic_dim, (b, c), side)
         self.semantic_decoder = tiny.SemanticDecoder(config.semantic_dim, c, side, config.teacher_dim)
-        codes = SharedIndexQuantizer((config.semantic_dim, config.pixel_dim), config.codebook_size, weights=(1.0, config.pixel_weight),
-                                     update="ema", decay=config.decay, commitment_weight=config.commitment_weight,
-                                     dead_code_threshold=config.dead_code_threshold)
+        codes = SharedIndexQuantizer(
+            (config.semantic_dim, config.pixel_dim),
+            config.codebook_size,
+            weights=(1.0, config.pixel_weight),
+            update="ema",
+            decay=config.decay,
+            commitment_weight=config.commitment_weight,
+            dead_code_threshold=config.dead_code_threshold,
+        )
         self.quantizer = MultiScaleQuantizer(codes, config.scales, scale_dropout=config.scale_dropout)
 
     @classmethod
@@ -110,10 +116,14 @@ class TokenFlow(nn.Module):
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).exists():
-                raise FileNotFoundError(f"from_pretrained: folder: wanted a folder with config.json and model.safetensors, got {folder} without {name}")
+                raise FileNotFoundError(
+                    f"from_pretrained: folder: wanted a folder with config.json and model.safetensors, got {folder} without {name}"
+                )
         values = json.loads((folder / "config.json").read_text())
         if values.pop("model", None) != "tokenflow":
-            raise ValueError(f"from_pretrained: folder: wanted a tokenflow model, got another in {folder / 'config.json'}")
+            raise ValueError(
+                f"from_pretrained: folder: wanted a tokenflow model, got another in {folder / 'config.json'}"
+            )
         model = cls(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
@@ -127,7 +137,9 @@ class TokenFlow(nn.Module):
         """
         self._check_images(images)
         if len(images) == 0:
-            return images.new_zeros(0, self.config.semantic_dim + self.config.pixel_dim, self.config.scales[-1], self.config.scales[-1])
+            return images.new_zeros(
+                0, self.config.semantic_dim + self.config.pixel_dim, self.config.scales[-1], self.config.scales[-1]
+            )
         images = images.contiguous(memory_format=torch.channels_last)
         return torch.cat([self.semantic_encoder(images), self.pixel_encoder(images)], 1)
 

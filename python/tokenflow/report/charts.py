@@ -33,8 +33,14 @@ def short(value: float) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def line_chart(points: Sequence[tuple[float, float]], *, title: str, x_label: str, marks: Sequence[tuple[float, str]] = (),
-               smooth: float | None = None) -> str:
+def line_chart(
+    points: Sequence[tuple[float, float]],
+    *,
+    title: str,
+    x_label: str,
+    marks: Sequence[tuple[float, str]] = (),
+    smooth: float | None = None,
+) -> str:
     """An SVG line through (x, y) points: the raw values pale, their exponential average strong.
 
     Args:
@@ -59,12 +65,21 @@ def line_chart(points: Sequence[tuple[float, float]], *, title: str, x_label: st
         average.append(run)
     path = lambda values: " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in zip(xs, values, strict=True))  # noqa: E731
     parts = _frame(title, ticks(low, high), y_of)
-    parts += [f'<text class="tick" x="{x_of(x):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{short(x)}</text>' for x in ticks(xs[0], xs[-1])]
+    parts += [
+        f'<text class="tick" x="{x_of(x):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{short(x)}</text>'
+        for x in ticks(xs[0], xs[-1])
+    ]
     parts += [f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT}" text-anchor="end">{escape(x_label)}</text>']
     for x, text in marks:
-        parts += [f'<line class="mark" x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
-                  f'<text class="tick" x="{x_of(x) + 4:.1f}" y="{TOP + 10}">{escape(text)}</text>']
-    parts += [f'<polyline class="raw" points="{path(ys)}"/>', f'<polyline class="line" points="{path(average)}"/>', "</svg>"]
+        parts += [
+            f'<line class="mark" x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
+            f'<text class="tick" x="{x_of(x) + 4:.1f}" y="{TOP + 10}">{escape(text)}</text>',
+        ]
+    parts += [
+        f'<polyline class="raw" points="{path(ys)}"/>',
+        f'<polyline class="line" points="{path(average)}"/>',
+        "</svg>",
+    ]
     return "".join(parts)
 
 
@@ -76,16 +91,22 @@ def bar_chart(values: Sequence[float], *, title: str, labels: Sequence[str] = ()
     gap = 0.25 * width if labels else 0.0
     parts = _frame(title, ticks(0.0, high), y_of)
     for i, value in enumerate(values):
-        parts.append(f'<rect class="bar" x="{LEFT + i * width + gap / 2:.2f}" y="{y_of(value):.2f}" width="{width - gap:.2f}" '
-                     f'height="{HEIGHT - BOTTOM - y_of(value):.2f}"/>')
+        parts.append(
+            f'<rect class="bar" x="{LEFT + i * width + gap / 2:.2f}" y="{y_of(value):.2f}" width="{width - gap:.2f}" '
+            f'height="{HEIGHT - BOTTOM - y_of(value):.2f}"/>'
+        )
         if labels:
-            parts.append(f'<text class="tick" x="{LEFT + (i + 0.5) * width:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{escape(labels[i])}</text>')
+            parts.append(
+                f'<text class="tick" x="{LEFT + (i + 0.5) * width:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{escape(labels[i])}</text>'
+            )
     return "".join([*parts, "</svg>"])
 
 
 def _frame(title: str, grid: Sequence[float], y_of) -> list[str]:
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT + 6}" role="img" aria-label="{escape(title)}">']
     for y in grid:
-        parts += [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>',
-                  f'<text class="tick" x="{LEFT - 6}" y="{y_of(y) + 3.5:.1f}" text-anchor="end">{short(y)}</text>']
+        parts += [
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>',
+            f'<text class="tick" x="{LEFT - 6}" y="{y_of(y) + 3.5:.1f}" text-anchor="end">{short(y)}</text>',
+        ]
     return parts

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING
 
 from tokenflow.report.generated import generator_section
 from tokenflow.report.pixels import sheet
-from tokenflow.report.sections import (chosen_rows, honesty_section, numbers_section, prefix_section, reconstruction_section,
-                                       retrieval_section, tiles, training_section, usage_section)
+from tokenflow.report.sections import (
+    chosen_rows,
+    honesty_section,
+    numbers_section,
+    prefix_section,
+    reconstruction_section,
+    retrieval_section,
+    tiles,
+    training_section,
+    usage_section,
+)
 from tokenflow.report.style import CSS
 
 if TYPE_CHECKING:
@@ -26,13 +35,22 @@ def write_page(results: Results) -> Path:
         f"<p class='lead'>TokenFlow in miniature: every token's single id points into two codebooks, one for meaning and one for looks. "
         f"Trained here from nothing on {results.numbers['pictures']['training']:,} small pictures; "
         f"unless marked otherwise, everything below is about the {len(test):,} pictures whose names it was never trained on.</p>",
-        tiles(results), "</header>",
-        reconstruction_section(results), prefix_section(results), generator_section(results.figures), retrieval_section(results),
-        usage_section(results), training_section(results), numbers_section(results), honesty_section(results),
+        tiles(results),
+        "</header>",
+        reconstruction_section(results),
+        prefix_section(results),
+        generator_section(results.figures),
+        retrieval_section(results),
+        usage_section(results),
+        training_section(results),
+        numbers_section(results),
+        honesty_section(results),
         "<footer>Made by <code>tokenflow demo</code>. This page needs no network and no scripts.</footer>",
     ]
-    html = (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-            f"<title>{escape('Pictures as tokens: a TokenFlow demo')}</title><style>{CSS}</style></head><body><main>{''.join(body)}</main></body></html>")
+    html = (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{escape('Pictures as tokens: a TokenFlow demo')}</title><style>{CSS}</style></head><body><main>{''.join(body)}</main></body></html>"
+    )
     page = out / "index.html"
     temporary = out / "index.html.part"
     temporary.write_text(html, encoding="utf-8")
@@ -51,12 +69,23 @@ def write_result(results: Results, path: Path) -> None:
     steps = [p[0] for p in prefixes(results.model, results.indices[[first]])]
     names = [pictures.captions[r] for r in rows]
     ends = [sum(s * s for s in results.model.config.scales[: i + 1]) for i in range(len(steps))]
-    lines = [("Never trained on: original", [pictures.images[r] for r in rows], names),
-             (f"... from {results.indices.shape[1]} tokens", list(decode_all(results.model, results.indices[rows])), []),
-             ("Coarse to fine", [*steps, pictures.images[first]], [*(f"{e} token{'s' * (e > 1)}" for e in ends), "original"])]
+    lines = [
+        ("Never trained on: original", [pictures.images[r] for r in rows], names),
+        (f"... from {results.indices.shape[1]} tokens", list(decode_all(results.model, results.indices[rows])), []),
+        (
+            "Coarse to fine",
+            [*steps, pictures.images[first]],
+            [*(f"{e} token{'s' * (e > 1)}" for e in ends), "original"],
+        ),
+    ]
     for row in results.figures["rows"]:
-        lines.append((f"Written from a caption: {row['title'][0].lower()}{row['title'][1:]}", [i["generated"] for i in row["items"]],
-                      [i["caption"] for i in row["items"]]))
+        lines.append(
+            (
+                f"Written from a caption: {row['title'][0].lower()}{row['title'][1:]}",
+                [i["generated"] for i in row["items"]],
+                [i["caption"] for i in row["items"]],
+            )
+        )
     temporary = path.with_name("result.part.png")
     sheet(lines).save(temporary, optimize=True)
     os.replace(temporary, path)

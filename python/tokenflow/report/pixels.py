@@ -47,7 +47,9 @@ def sheet(rows: Sequence[tuple[str, Sequence[Tensor], Sequence[str]]], *, cell: 
             image.paste(pil_image(picture).resize((cell, cell), Image.Resampling.BICUBIC), (x, y + 28))
             draw.rectangle((x - 1, y + 27, x + cell, y + 28 + cell), outline=LINE)
             if i < len(captions):
-                draw.multiline_text((x, y + 31 + cell), wrapped(captions[i], small, cell), fill=SOFT, font=small, spacing=1)
+                draw.multiline_text(
+                    (x, y + 31 + cell), wrapped(captions[i], small, cell), fill=SOFT, font=small, spacing=1
+                )
         y += height
     return image
 

@@ -65,8 +65,18 @@ class Stage:
         (True, [(0, 1.0), (1, 0.5), (2, 0.3333333333333333)])
     """
 
-    def __init__(self, name: str, directory: Path, *, seconds: float = 0.0, steps: int | None = None, seed: int,
-                 parts: dict[str, Stateful], settings: dict[str, Any] | None = None, every: float = 20.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        seconds: float = 0.0,
+        steps: int | None = None,
+        seed: int,
+        parts: dict[str, Stateful],
+        settings: dict[str, Any] | None = None,
+        every: float = 20.0,
+    ) -> None:
         self.name, self.seconds, self.steps, self.every, self.parts = name, seconds, steps, every, parts
         self.path = Path(directory) / f"{name}.ckpt"
         self.settings = {**(settings or {}), "seed": seed}
@@ -112,8 +122,13 @@ class Stage:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         by_steps = self.steps is not None
         total = self.steps if by_steps else self.seconds
-        bar = tqdm(total=round(total, 1), initial=round(self.step if by_steps else self.elapsed, 1), desc=self.name,
-                   unit="step" if by_steps else "s", bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}")
+        bar = tqdm(
+            total=round(total, 1),
+            initial=round(self.step if by_steps else self.elapsed, 1),
+            desc=self.name,
+            unit="step" if by_steps else "s",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}",
+        )
         before, start = self.elapsed, time.perf_counter()
         saved = start
         with bar, Interruption() as interruption:
@@ -124,7 +139,9 @@ class Stage:
                 self.elapsed = before + now - start
                 bar.n = self.step if by_steps else min(self.seconds, self.elapsed)
                 last = {key: points[-1][1] for key, points in self.history.items()}
-                bar.set_postfix_str(", ".join([f"step {self.step}", *(f"{k} {v:.3g}" for k, v in last.items())]), refresh=False)
+                bar.set_postfix_str(
+                    ", ".join([f"step {self.step}", *(f"{k} {v:.3g}" for k, v in last.items())]), refresh=False
+                )
                 bar.refresh() if self.progress >= 1.0 else bar.update(0)
                 if interruption.arrived:
                     self.save()
@@ -137,16 +154,29 @@ class Stage:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        write_atomically({"parts": {name: part.state_dict() for name, part in self.parts.items()}, "settings": self.settings,
-                          "step": self.step, "elapsed": self.elapsed, "finished": self.finished, "history": self.history,
-                          "rng": torch.get_rng_state()}, self.path)
+        write_atomically(
+            {
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                "settings": self.settings,
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "finished": self.finished,
+                "history": self.history,
+                "rng": torch.get_rng_state(),
+            },
+            self.path,
+        )
 
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved["settings"] != self.settings:
-            changed = sorted(k for k in {*saved["settings"], *self.settings} if saved["settings"].get(k) != self.settings.get(k))
+            changed = sorted(
+                k for k in {*saved["settings"], *self.settings} if saved["settings"].get(k) != self.settings.get(k)
+            )
             told = ", ".join(f"{k} {self.settings.get(k)} instead of {saved['settings'].get(k)}" for k in changed)
-            raise ValueError(f"{self.name}: {self.path} belongs to a run with other settings ({told}): "
-                             "choose another output folder, or delete that file to train anew")
+            raise ValueError(
+                f"{self.name}: {self.path} belongs to a run with other settings ({told}): "
+                "choose another output folder, or delete that file to train anew"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(saved["parts"][name])
         self.step, self.elapsed, self.finished = saved["step"], saved["elapsed"], saved["finished"]
@@ -221,4 +251,4 @@ def batch_rows(step: int, count: int, batch: int, seed: int) -> Tensor:
     per_epoch = max(1, count // batch)
     epoch, index = divmod(step, per_epoch)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[index * batch:(index + 1) * batch]
+    return order[index * batch : (index + 1) * batch]

@@ -36,8 +36,18 @@ class Recipe:
     revival_until: float = 0.8
 
 
-def train_tokenizer(model: TokenFlow, images: Tensor, targets: Tensor, run_dir: Path, *, seconds: float = 0.0,
-                    steps: int | None = None, seed: int = 0, recipe: Recipe = Recipe(), key: str = "") -> tuple[TokenFlow, Stage]:
+def train_tokenizer(
+    model: TokenFlow,
+    images: Tensor,
+    targets: Tensor,
+    run_dir: Path,
+    *,
+    seconds: float = 0.0,
+    steps: int | None = None,
+    seed: int = 0,
+    recipe: Recipe = Recipe(),
+    key: str = "",
+) -> tuple[TokenFlow, Stage]:
     """Train on `images` for a time or a number of steps, going on from `run_dir / "tokenizer.ckpt"` if it is there.
 
     Args:
@@ -59,9 +69,18 @@ def train_tokenizer(model: TokenFlow, images: Tensor, targets: Tensor, run_dir: 
     """
     model = model.to(memory_format=torch.channels_last)
     average = WeightAverage(model, decay=recipe.average)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
-    stage = Stage("tokenizer", run_dir, seconds=seconds, steps=steps, seed=seed, settings={**asdict(recipe), "pictures": key},
-                  parts={"model": model, "optimizer": optimizer, "average": average})
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
+    )
+    stage = Stage(
+        "tokenizer",
+        run_dir,
+        seconds=seconds,
+        steps=steps,
+        seed=seed,
+        settings={**asdict(recipe), "pictures": key},
+        parts={"model": model, "optimizer": optimizer, "average": average},
+    )
     perceptual = STLPIPS.installed()
     device_type = images.device.type
     model.train()
@@ -87,7 +106,9 @@ def train_tokenizer(model: TokenFlow, images: Tensor, targets: Tensor, run_dir: 
         optimizer.step()
         average.update()
         if step % 10 == 0:
-            stage.log(PSNR=float(-10 * (mse.detach() / 4).log10()), semantic=semantic.detach(), commitment=out.loss.detach())
+            stage.log(
+                PSNR=float(-10 * (mse.detach() / 4).log10()), semantic=semantic.detach(), commitment=out.loss.detach()
+            )
             if perceptual is not None and stage.progress >= recipe.perceptual_from:
                 stage.log(**{"ST-LPIPS": distance.detach()})
     model.load_state_dict({**model.state_dict(), **average.average})
