@@ -4,13 +4,18 @@ Searches in different arithmetic may disagree on a row only where the two codes'
 rounding of the scores themselves; such rows are counted and printed, every other difference fails.
 """
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import tokenflow_ext
 from tokenflow_ext import ops, reference
 
 METRICS = ("cosine", "l2", "dot")
@@ -218,3 +223,11 @@ def with_threads(counts: Sequence[int], call) -> list:
 def twin(name: str):
     """The native op and its twin."""
     return getattr(ops, name), getattr(reference, name)
+
+
+def python(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter that imports the same package; from its folder, as `-c` puts the current one first."""
+    package = Path(tokenflow_ext.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(package), **environment}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, timeout=300)

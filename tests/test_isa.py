@@ -1,12 +1,10 @@
 """Every instruction set gives the same bits: ids, scores, values, losses and gradients, in processes of their own."""
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from harness import python
 
 import tokenflow_ext
 
@@ -62,9 +60,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 
 def run(isa: str) -> subprocess.CompletedProcess:
     """SCRIPT under TOKENFLOW_ISA=isa, with the package that this process imported."""
-    path = os.pathsep.join([str(Path(tokenflow_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TOKENFLOW_ISA": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
-    return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200)
+    return python(SCRIPT, TOKENFLOW_ISA=isa, OMP_NUM_THREADS="2")
 
 
 def available() -> list[str]:
@@ -92,12 +88,10 @@ def test_every_instruction_set_gives_the_same_bits():
 @pytest.mark.parametrize("wrong", ["sse", "AVX2"])
 def test_an_unknown_instruction_set_is_a_sentence(wrong):
     """TOKENFLOW_ISA is read when the core is loaded: import goes on without it, and native says why it is missing."""
-    path = str(Path(tokenflow_ext.__file__).parents[1])
     script = (
         "import torch, tokenflow_ext as t; t.ops.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3), backend='native')"
     )
-    environment = {**os.environ, "TOKENFLOW_ISA": wrong, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
+    done = python(script, TOKENFLOW_ISA=wrong)
     assert done.returncode == 1
     assert "TOKENFLOW_ISA: wanted baseline, avx2 or avx512, got" in done.stderr.strip().split("\n")[-1], done.stderr
 

@@ -1,12 +1,8 @@
 """The multi-scale ops at their edges: low precision, NaN, dropped scales, empty batches, invariance, bad input."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from harness import assert_near, assert_sentence, leaves, normal, same_bits, with_threads
+from harness import assert_near, assert_sentence, leaves, normal, python, same_bits, with_threads
 from multiscale_cases import MODES, WIDTHS, case, decoding, followed, phi_of
 
 from tokenflow_ext import build_info, ops, reference
@@ -230,9 +226,7 @@ def test_instruction_sets_agree():
     """Every path that this processor can run gives the same bits, ids, maps, loss and gradients."""
     runs = {}
     for name in build_info()["instruction_sets"]:
-        environment = {**os.environ, "TOKENFLOW_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", PROBE]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = python(PROBE, TOKENFLOW_ISA=name)
         if done.returncode == 0:
             ran, digest = done.stdout.split()
             assert ran == name

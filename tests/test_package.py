@@ -1,15 +1,12 @@
 """What the package promises apart from numbers: a core without torch, light imports, backends, forked workers."""
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from harness import assert_sentence, normal
+from harness import assert_sentence, normal, python
 
 import tokenflow_ext
 from tokenflow_ext import ops, reference
@@ -17,12 +14,6 @@ from tokenflow_ext.quantize import VectorQuantizer
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(tokenflow_ext.__file__).parent
-
-
-def python(script: str, **environment: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter that imports the same package."""
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_the_core_knows_no_torch():
