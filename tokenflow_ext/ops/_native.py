@@ -110,7 +110,7 @@ def warn_non_finite(op: str, status: torch.Tensor) -> None:
     count = int(status[-1])
     if count:
         warnings.warn(
-            f"{op}: x: {count} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics and gradients",
+            f"{op}: {count} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics and gradients",
             RuntimeWarning,
             stacklevel=2,
         )
