@@ -225,9 +225,9 @@ def twin(name: str):
     return getattr(ops, name), getattr(reference, name)
 
 
-def python(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def python(script: str, *, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     """A fresh interpreter that imports the same package; from its folder, as `-c` puts the current one first."""
     package = Path(tokenflow_ext.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(package), **environment}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env=environment, cwd=cwd or package, capture_output=True, text=True, timeout=300)

@@ -16,6 +16,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(tokenflow_ext.__file__).parent
 
 
+def test_a_source_tree_finds_the_installed_core():
+    """Python started in the clone imports the tree's own files, and the core that pip built."""
+    done = python("import tokenflow_ext as t; print(t.__file__, t.build_info()['native'])", cwd=ROOT)
+    assert done.stdout.split() == [str(ROOT / "tokenflow_ext" / "__init__.py"), "True"], done.stderr
+
+
 def test_the_core_knows_no_torch():
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert len(sources) > 5
