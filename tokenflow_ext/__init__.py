@@ -11,9 +11,9 @@ import torch  # before _C: one libgomp is mapped, torch's
 # In a source tree that shadows the installed package the compiled core is found in the latter.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from tokenflow_ext import ops, quantize, reference  # noqa: E402
-from tokenflow_ext._types import Quantized  # noqa: E402
-from tokenflow_ext.ops._native import build_info  # noqa: E402
+from tokenflow_ext import ops, quantize, reference
+from tokenflow_ext._types import Quantized
+from tokenflow_ext.ops._native import build_info
 
 __version__ = "0.1.0"
 __all__ = ["Quantized", "build_info", "ops", "quantize", "reference"]
