@@ -7,6 +7,7 @@
 #include "common/multiscale_ops.h"
 #include "common/ops.h"
 #include "cpu/isa.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -23,31 +24,13 @@ namespace avx512 { TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS }
 
 namespace pybind11::detail {
 
-// (pointer, type, shape, strides, device) or None; built by tokenflow_ext.ops._native.view.
+// A torch tensor, or None.
 template <>
 struct type_caster<tokenflow_ext::View> {
-  PYBIND11_TYPE_CASTER(tokenflow_ext::View, const_name("View"));
+  PYBIND11_TYPE_CASTER(tokenflow_ext::View, const_name("torch.Tensor | None"));
   bool load(handle src, bool) {
     value = {nullptr, tokenflow_ext::kNone, 0, -1, true, {}};
-    if (src.is_none()) return true;
-    if (!PyTuple_Check(src.ptr()) || PyTuple_GET_SIZE(src.ptr()) != 5) return false;
-    auto t = reinterpret_borrow<tuple>(src);
-    auto shape = reinterpret_borrow<tuple>(t[2]), strides = reinterpret_borrow<tuple>(t[3]);
-    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(strides.ptr()) || shape.size() != strides.size() ||
-        shape.size() > tokenflow_ext::kMaxRank)
-      return false;
-    value.data = reinterpret_cast<void*>(t[0].cast<uintptr_t>());
-    value.type = static_cast<tokenflow_ext::Type>(t[1].cast<int>());
-    value.rank = static_cast<int>(shape.size());
-    value.device = t[4].cast<int>();
-    int64_t run = 1;
-    for (int i = value.rank - 1; i >= 0; --i) {
-      value.shape[i] = shape[i].cast<int64_t>();
-      if (value.shape[i] != 1 && strides[i].cast<int64_t>() != run) value.contiguous = false;
-      run *= value.shape[i];
-    }
-    if (run == 0) value.contiguous = true;
-    return true;
+    return src.is_none() || tokenflow_ext::read(src.ptr(), &value);
   }
 };
 
@@ -85,6 +68,23 @@ static void def_op(py::module_& m, const char* name, Error (*op)(Args...) noexce
   });
 }
 
+// An op with scratch runs twice: first it counts what it takes, then it has it. Returns (ids outside, rows not finite).
+template <class... Args>
+static void def_op(py::module_& m, const char* name, Error (*op)(Call&, Args...) noexcept) {
+  m.def(name, [op](Args... args) {
+    Call call = {nullptr, 0, true, 0, 0};
+    Error error = op(call, args...);
+    if (error) throw py::value_error(error);
+    const Scratch scratch(call.bytes);
+    call = {scratch.data(), 0, false, 0, 0};
+    {
+      py::gil_scoped_release release;
+      op(call, args...);
+    }
+    return std::make_pair(call.ids_outside, call.rows_not_finite);
+  });
+}
+
 }  // namespace tokenflow_ext
 
 PYBIND11_MODULE(_C, m) {
@@ -111,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
   TOKENFLOW_OP(multiscale_chain);
   TOKENFLOW_OP(multiscale_chain_backward);
 
+  m.def("connect", &connect);
   m.def("build_info", [isa] {
     py::dict info;
     info["version"] = TOKENFLOW_EXT_VERSION;

@@ -151,3 +151,35 @@ def test_two_python_threads_at_once():
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda p: ops.nearest_code(*p, backend="native"), problems * 5))
     assert all(torch.equal(a, b) for a, b in zip(found, expected * 5))
+
+
+def test_tensors_travel_in_capsules_where_torch_has_no_exchange_table():
+    """torch < 2.10: the same ids, values and gradients, and nothing of the capsules stays behind."""
+    script = """
+import torch
+if {old}: del torch.Tensor.__dlpack_c_exchange_api__
+from tokenflow_ext import ops
+x = torch.randn(70, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+codebook = torch.randn(40, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+quantized, ids, loss = ops.quantize(x[::2], codebook, backend="native")
+loss.backward()
+ops.code_statistics(x, torch.zeros(70, dtype=torch.int64), 3, backend="native")
+print(ids.tolist(), quantized.tolist(), x.grad.tolist(), codebook.grad.tolist())
+"""
+    new, old = (python(script.format(old=old)) for old in (False, True))
+    assert new.returncode == old.returncode == 0, new.stderr + old.stderr
+    assert new.stdout == old.stdout
+
+
+def test_the_core_refuses_what_is_no_tensor_of_its_types():
+    from tokenflow_ext import _C
+
+    y = torch.empty(2, 3)
+    for wrong in (1, "x", [1.0], torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 3, dtype=torch.complex64)):
+        with pytest.raises(TypeError):
+            _C.normalize_rows(wrong, y, 1)
+    for wrong in (torch.zeros(2, 3).T, torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2), None):
+        with pytest.raises(ValueError, match="wanted"):
+            _C.normalize_rows(wrong, y, 1)
+    with pytest.raises(RuntimeError):
+        _C.normalize_rows(y.to("meta"), y, 1)

@@ -1,4 +1,4 @@
-// A tensor as the core sees it: a pointer, a type, a shape. Made by tokenflow_ext/ops/_native.py, checked here again.
+// A tensor as the core sees it: a pointer, a type, a shape. Made by tensors.h, checked by every op.
 #pragma once
 #include <stdint.h>
 
@@ -21,16 +21,18 @@ constexpr int kMaxTables = 16;
 
 // How the channels of a row fall into tables, and which distance each table measures.
 struct Tables {
-  int count;                    // T
-  bool l2;                      // start the score from 0.5 |c|^2
-  bool unit;                    // rows and codes are unit per table when they are searched (metric cosine)
-  bool unit_codes;              // the code that is returned is unit
-  int64_t width[kMaxTables];    // D_t, their sum is C
-  double weight[kMaxTables];    // of the table's distance in the shared score
+  int count;                  // T
+  bool l2;                    // start the score from 0.5 |c|^2
+  bool unit;                  // rows and codes are unit per table when they are searched (metric cosine)
+  bool unit_codes;            // the code that is returned is unit
+  int64_t width[kMaxTables];  // D_t, their sum is C
+  double weight[kMaxTables];  // of the table's distance in the shared score
 };
 
 // A contiguous CPU tensor of this rank (it may be empty, and then has no address).
-static inline bool dense(const View& v, int rank) { return v.type != kNone && v.rank == rank && v.contiguous && v.device == -1; }
+static inline bool dense(const View& v, int rank) {
+  return v.type != kNone && v.rank == rank && v.contiguous && v.device == -1;
+}
 
 static inline bool floating(const View& v) { return v.type >= kFloat32 && v.type <= kBFloat16; }
 
@@ -48,5 +50,23 @@ static inline bool covers(const Tables& tables, int64_t channels) {
 
 // nullptr, or a sentence that Python raises as ValueError.
 using Error = const char*;
+
+// Scratch and counts of one call. The door calls an op twice: first `counting`, when it checks its arguments, takes its
+// scratch and returns; then with that many bytes of memory, when it takes the same again and runs.
+struct Call {
+  char* scratch;
+  int64_t bytes;
+  bool counting;
+  int64_t ids_outside;      // of the table: Python raises
+  int64_t rows_not_finite;  // Python warns
+};
+
+// The next `count` numbers of scratch, aligned to cache lines; no pointer to use while counting.
+template <class T>
+static inline T* take(Call& call, int64_t count) {
+  char* const here = call.counting ? nullptr : call.scratch + call.bytes;
+  call.bytes += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  return reinterpret_cast<T*>(here);
+}
 
 }  // namespace tokenflow_ext

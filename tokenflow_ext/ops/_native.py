@@ -9,8 +9,15 @@ try:
     from tokenflow_ext import _C
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _C, _why = None, str(error)
+else:
+    # torch < 2.10 has no exchange table: its tensors travel in capsules.
+    _C.connect(
+        torch.Tensor,
+        getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+        torch.utils.dlpack.to_dlpack,
+        lambda size: torch.empty(-(-size // 8), dtype=torch.int64),
+    )
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: 4}
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "native", "reference")
 
@@ -33,12 +40,9 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def view(tensor: torch.Tensor | None):
-    """(pointer, type, shape, strides, device) of a tensor that the caller keeps alive until the kernel returns."""
-    if tensor is None:
-        return None
-    device = -1 if tensor.device.type == "cpu" else tensor.device.index
-    return tensor.data_ptr(), _TYPES[tensor.dtype], tuple(tensor.shape), tensor.stride(), device
+def view(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor itself: the core reads tensors (csrc/tensors.h), and an argument lives as long as its call."""
+    return tensor
 
 
 def real(*tensors: torch.Tensor) -> torch.dtype:

@@ -1,0 +1,132 @@
+// How torch's tensors reach the core without a torch header: as DLPack, the C interface that array libraries share.
+// torch >= 2.10 fills a DLTensor in place and allocates on request (torch.Tensor.__dlpack_c_exchange_api__); older ones
+// wrap a DLTensor in a capsule. Source: dmlc/dlpack, include/dlpack/dlpack.h 1.3, whose ABI the structs of `dl`
+// restate.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <new>
+
+#include "common/view.h"
+
+namespace tokenflow_ext {
+
+namespace dl {
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device;  // type 1: CPU
+  int32_t rank;
+  uint8_t code, bits;  // code 0: int, 2: float, 4: bfloat
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct ManagedTensor {
+  uint32_t major, minor;
+  void* owner;
+  void (*release)(ManagedTensor*);
+  uint64_t flags;
+  Tensor tensor;
+};
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  const ExchangeApi* older;
+  int (*allocate)(const Tensor* like, ManagedTensor** out, void* context,
+                  void (*fail)(void*, const char*, const char*));
+  int (*managed_from_object)(void* object, ManagedTensor** out);
+  int (*object_from_managed)(ManagedTensor* tensor, void** out);
+  int (*borrow)(void* object, Tensor* out);
+  int (*stream)(int32_t device_type, int32_t device, void** out);
+};
+
+}  // namespace dl
+
+// What torch lends the core; set once, by tokenflow_ext.ops._native.
+struct Torch {
+  PyTypeObject* tensor = nullptr;        // torch.Tensor
+  const dl::ExchangeApi* api = nullptr;  // none before torch 2.10
+  pybind11::object to_dlpack, empty;     // used then: tensor -> capsule, bytes -> tensor
+};
+
+inline Torch& torch() {
+  static Torch* const instance = new Torch;  // never destroyed: Python ends before the library does
+  return *instance;
+}
+
+inline void connect(pybind11::type tensor, pybind11::object api, pybind11::object to_dlpack, pybind11::object empty) {
+  const dl::ExchangeApi* table = nullptr;
+  if (!api.is_none()) table = static_cast<dl::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
+  if (PyErr_Occurred()) throw pybind11::error_already_set();
+  if (table != nullptr && (table->major != 1 || table->borrow == nullptr)) table = nullptr;
+  torch() = {reinterpret_cast<PyTypeObject*>(tensor.release().ptr()), table, to_dlpack, empty};
+}
+
+inline Type type_of(const dl::Tensor& t) {
+  if (t.lanes != 1) return kNone;
+  if (t.code == 2) return t.bits == 32 ? kFloat32 : t.bits == 64 ? kFloat64 : t.bits == 16 ? kFloat16 : kNone;
+  if (t.code == 4 && t.bits == 16) return kBFloat16;
+  return t.code == 0 && t.bits == 64 ? kInt64 : kNone;
+}
+
+// False where the core has no name for the type or the rank.
+inline bool read(const dl::Tensor& t, View* view) {
+  *view = {static_cast<char*>(t.data) + t.byte_offset, type_of(t), t.rank,
+           t.device_type == 1 ? -1 : t.device,         true,       {}};
+  if (view->type == kNone || t.rank > kMaxRank) return false;
+  int64_t run = 1;
+  for (int i = t.rank - 1; i >= 0; --i) {
+    view->shape[i] = t.shape[i];
+    if (t.shape[i] != 1 && t.strides[i] != run) view->contiguous = false;
+    run *= t.shape[i];
+  }
+  if (run == 0) view->contiguous = true;
+  return true;
+}
+
+// The tensor lives while the call does: its caller's argument holds it.
+inline bool read(PyObject* object, View* view) {
+  if (torch().tensor == nullptr || !PyObject_TypeCheck(object, torch().tensor)) return false;
+  if (torch().api != nullptr) {
+    dl::Tensor tensor;
+    if (torch().api->borrow(object, &tensor) != 0) throw pybind11::error_already_set();
+    return read(tensor, view);
+  }
+  const pybind11::object capsule = torch().to_dlpack(pybind11::handle(object));
+  const void* tensor = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
+  if (tensor == nullptr) throw pybind11::error_already_set();
+  return read(*static_cast<const dl::Tensor*>(tensor), view);
+}
+
+// Scratch memory of one call, from torch's allocator, so that its accounting, reuse and poison cover it.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes == 0) return;
+    if (torch().api == nullptr) {
+      tensor_ = torch().empty(bytes);
+      View view;
+      if (!read(tensor_.ptr(), &view)) throw std::bad_alloc();
+      data_ = view.data;
+      return;
+    }
+    const dl::Tensor like = {nullptr, 1, 0, 1, 0, 64, 1, &(bytes = (bytes + 7) / 8), nullptr, 0};
+    if (torch().api->allocate(&like, &managed_, nullptr, [](void*, const char*, const char*) {}) != 0)
+      throw std::bad_alloc();
+    data_ = managed_->tensor.data;
+  }
+  ~Scratch() {
+    if (managed_ != nullptr) managed_->release(managed_);
+  }
+  Scratch(const Scratch&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+  dl::ManagedTensor* managed_ = nullptr;
+  pybind11::object tensor_;
+};
+
+}  // namespace tokenflow_ext
