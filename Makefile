@@ -1,5 +1,7 @@
 # make test   all tests, in a venv of its own          make demo   the demo, from nothing to runs/demo/index.html
 # make bench  benchmarks against pure PyTorch           make dev    an in-place build for work on the kernels
+# make tools  what some tests need beside Python: the compiler and the emulator of aarch64, from Debian's packages
+# make test-aarch64  the core, cross-compiled for aarch64 and emulated, bit for bit
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -7,9 +9,18 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell find csrc tokenflow_ext python/tokenflow -name '*.py' -o -name '*.cpp' -o -name '*.h') \
           CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test bench demo dev clean
+.PHONY: test test-aarch64 tools bench demo dev clean
 test: $(VENV)/test
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -rs
+
+test-aarch64: tools $(VENV)/test
+	$(VENV)/bin/pytest -rs -s tests/test_aarch64.py
+
+# Where they cannot be had, the tests that need them are skipped and say so.
+tools:
+	@command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user; } || \
+		echo 'NOT INSTALLED: g++-aarch64-linux-gnu and qemu-user. The tests of aarch64 will be skipped.'
 
 bench: $(VENV)/test
 	$(VENV)/bin/pytest --benchmark

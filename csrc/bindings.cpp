@@ -117,11 +117,7 @@ PYBIND11_MODULE(_C, m) {
     info["version"] = TOKENFLOW_EXT_VERSION;
     info["compiler"] = __VERSION__;
     py::list built;
-#ifdef TOKENFLOW_X86
-    for (const char* name : kIsaNames) built.append(name);
-#else
-    built.append(kIsaNames[0]);
-#endif
+    for (int i = 0; i < kIsaCount; ++i) built.append(kIsaNames[i]);
     info["instruction_sets"] = built;
     info["instruction_set"] = kIsaNames[isa];
     info["cuda"] = false;

@@ -39,6 +39,12 @@ static inline uint16_t to_bfloat16(float value) {  // round to nearest even, NaN
   return static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
 }
 
+#if defined(__aarch64__)
+typedef __fp16 Half;  // g++ before 13 knows no _Float16 there
+#else
+typedef _Float16 Half;
+#endif
+
 // out[0, n) = v[offset, offset + n), exact upcast.
 template <class T>
 static inline void load(const View& v, int64_t offset, int64_t n, T* out) {
@@ -51,7 +57,7 @@ static inline void load(const View& v, int64_t offset, int64_t n, T* out) {
     const double* in = static_cast<const double*>(v.data) + offset;
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(in[i]);
   } else if (v.type == kFloat16) {
-    const _Float16* in = static_cast<const _Float16*>(v.data) + offset;
+    const Half* in = static_cast<const Half*>(v.data) + offset;
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<float>(in[i]));
   } else {
     const uint16_t* in = static_cast<const uint16_t*>(v.data) + offset;
@@ -71,8 +77,8 @@ static inline void store(const View& v, int64_t offset, int64_t n, const T* in) 
     double* out = static_cast<double*>(v.data) + offset;
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(in[i]);
   } else if (v.type == kFloat16) {
-    _Float16* out = static_cast<_Float16*>(v.data) + offset;
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<_Float16>(static_cast<float>(in[i]));
+    Half* out = static_cast<Half*>(v.data) + offset;
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Half>(static_cast<float>(in[i]));
   } else {
     uint16_t* out = static_cast<uint16_t*>(v.data) + offset;
     for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(static_cast<float>(in[i]));

@@ -6,7 +6,19 @@
 
 namespace tokenflow_ext {
 
-const char* const kIsaNames[3] = {"baseline", "avx2", "avx512"};
+#if defined(TOKENFLOW_X86)
+const int kIsaCount = 3;
+const char* const kIsaNames[] = {"baseline", "avx2", "avx512"};
+static const char kUnknown[] = "TOKENFLOW_ISA: wanted baseline, avx2 or avx512, got something else";
+#elif defined(__aarch64__)
+const int kIsaCount = 1;
+const char* const kIsaNames[] = {"neon"};
+static const char kUnknown[] = "TOKENFLOW_ISA: wanted neon, got something else";
+#else
+const int kIsaCount = 1;
+const char* const kIsaNames[] = {"baseline"};
+static const char kUnknown[] = "TOKENFLOW_ISA: wanted baseline, got something else";
+#endif
 
 static int best_isa() {
 #ifdef TOKENFLOW_X86
@@ -23,12 +35,12 @@ int choose_isa(const char** error) {
   const int best = best_isa();
   const char* wanted = std::getenv("TOKENFLOW_ISA");
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(wanted, kIsaNames[i]) != 0) continue;
     if (i > best) *error = "TOKENFLOW_ISA: wanted an instruction set that this processor has, got a higher one";
     return i > best ? best : i;
   }
-  *error = "TOKENFLOW_ISA: wanted baseline, avx2 or avx512, got something else";
+  *error = kUnknown;
   return best;
 }
 

@@ -3,7 +3,8 @@
 
 namespace tokenflow_ext {
 
-extern const char* const kIsaNames[3];  // by rank: baseline, avx2, avx512
+extern const int kIsaCount;
+extern const char* const kIsaNames[];  // by rank: baseline, avx2, avx512 on x86; neon on aarch64
 
 // Rank of the instruction set that runs; *error is set to a sentence when TOKENFLOW_ISA cannot be honoured.
 int choose_isa(const char** error);

@@ -1,0 +1,197 @@
+"""Recorded calls of the native core, made again by a program without Python: under an emulator, under sanitizers.
+
+`record` listens at the door `_C` while the ops run, and keeps what every tensor held before and after each call. `replay`
+hands the calls to `replay.cpp`, built from the same CMakeLists.txt with -DTOKENFLOW_REPLAY=ON for any compiler.
+
+A file of calls, all numbers little endian and 8 bytes: per call the op's name (length, bytes), its buffers (count; bytes,
+address modulo 64, content), then its arguments in the order of csrc/common/ops.h. A View is its type (-1: none), rank,
+shape and buffer; Tables are count, l2, unit, unit_codes, widths, weights. The results: per call its error (length, bytes)
+and the buffers' content.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[2]
+CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: 4}
+PATTERNS = {
+    0: (np.uint32, 0x7F800000),
+    1: (np.uint64, 0x7FF << 52),
+    2: (np.uint16, 0x7C00),
+    3: (np.uint16, 0x7F80),
+    4: (np.uint64, None),
+}
+"""Per type of csrc/common/view.h: an integer of its size, and the bits of infinity."""
+
+SCRATCH = {"staged", "packed", "partial", "searched", "maps", "spare", "gaps", "partial_phi"}
+"""Arguments whose content belongs to one instruction set, or is nobody's after the call."""
+
+
+def signatures() -> dict[str, list[tuple[str, str]]]:
+    """The arguments (type, name) of every op that bindings.cpp offers, from the declarations in csrc/common."""
+    text = "".join((ROOT / "csrc/common" / name).read_text() for name in ("ops.h", "multiscale_ops.h"))
+    text = re.sub(r"/\*.*?\*/|\\\n", " ", text)
+    declared = dict(re.findall(r"Error (\w+)\(([^()]*)\)\s+noexcept", text))
+    offered = re.findall(r"TOKENFLOW_OP\((\w+)\);", (ROOT / "csrc/bindings.cpp").read_text())
+    return {op: [tuple(argument.split()) for argument in declared[op].split(",")] for op in offered}
+
+
+@dataclass
+class Call:
+    """One call: what was passed, and the bytes of its tensors before and after."""
+
+    op: str
+    encoded: bytes
+    tensors: dict[str, tuple[int, int]]  # argument: (type, buffer)
+    before: list[bytes]
+    after: list[bytes]
+    error: str = ""
+
+
+def _describe(value) -> tuple[int, int, tuple[int, ...]]:
+    """(address, type, shape) of a contiguous tensor at the door."""
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous()
+        return value.data_ptr(), TYPES[value.dtype], tuple(value.shape)
+    address, kind, shape, _, _ = value
+    return address, kind, tuple(shape)
+
+
+class _Door:
+    """`_C`, with every call of an op kept in `calls`."""
+
+    def __init__(self, core, calls: list[Call]):
+        self._core, self._calls, self._signatures = core, calls, signatures()
+
+    def __getattr__(self, op):
+        function = getattr(self._core, op)
+        if op not in self._signatures:
+            return function
+        return lambda *arguments: self._record(op, function, arguments)
+
+    def _record(self, op, function, arguments):
+        numbers, tensors, buffers = [], {}, {}
+        for (kind, name), value in zip(self._signatures[op], arguments, strict=True):
+            if kind == "View":
+                if value is None:
+                    numbers.append(struct.pack("<q", -1))
+                    continue
+                address, dtype, shape = _describe(value)
+                size = np.dtype(PATTERNS[dtype][0]).itemsize * int(np.prod(shape, dtype=np.int64))
+                known = list(buffers)
+                if size and (address, size) not in buffers:
+                    buffers[address, size] = ctypes.string_at(address, size)
+                    known.append((address, size))
+                buffer = known.index((address, size)) if size else -1
+                numbers.append(struct.pack(f"<{3 + len(shape)}q", dtype, len(shape), *shape, buffer))
+                if size:
+                    tensors[name] = dtype, buffer
+            elif kind == "Tables":
+                widths, weights, l2, unit, unit_codes = value
+                numbers.append(struct.pack(f"<{4 + len(widths)}q", len(widths), l2, unit, unit_codes, *widths))
+                numbers.append(struct.pack(f"<{len(weights)}d", *weights))
+            else:
+                numbers.append(struct.pack("<d" if kind == "double" else "<q", value))
+        call = Call(op, b"", tensors, list(buffers.values()), [])
+        head = struct.pack("<q", len(op)) + op.encode() + struct.pack("<q", len(buffers))
+        held = b"".join(struct.pack("<qq", n, at % 64) + before for (at, n), before in buffers.items())
+        call.encoded = head + held + b"".join(numbers)
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            call.error = str(error)
+            raise
+        finally:
+            call.after = [ctypes.string_at(at, n) for at, n in buffers]
+            self._calls.append(call)
+
+
+@contextlib.contextmanager
+def record():
+    """Collects the calls that the ops make inside the block."""
+    calls: list[Call] = []
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith("tokenflow_ext.ops") and hasattr(m, "_C")]
+    doors = [(module, module._C) for module in modules]
+    try:
+        for module, core in doors:
+            module._C = _Door(core, calls)
+        yield calls
+    finally:
+        for module, core in doors:
+            module._C = core
+
+
+def build(name: str, **options: str) -> Path:
+    """The program, built in build/<name> with these CMake variables; what did not change is not compiled again."""
+    folder = ROOT / "build" / name
+    variables = [f"-D{key}={value}" for key, value in {"TOKENFLOW_REPLAY": "ON", **options}.items()]
+    for step in (
+        [CMAKE, "-S", str(ROOT), "-B", str(folder), *variables],
+        [CMAKE, "--build", str(folder), "--parallel", str(os.cpu_count())],
+    ):
+        done = subprocess.run(step, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return folder / "replay"
+
+
+def replay(program: list[str], calls: list[Call], folder: Path, threads: int, **environment: str):
+    """What the program says, and per call (error, buffers) as it left them."""
+    file, results = folder / "calls", folder / "results"
+    file.write_bytes(b"".join(call.encoded for call in calls))
+    done = subprocess.run(
+        [*program, str(file), str(results), str(threads)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}\n{done.stderr}"
+    data, at, made = results.read_bytes(), 0, []
+    for call in calls:
+        sizes = struct.unpack_from("<q", data, at) + tuple(map(len, call.before))
+        at += 8
+        parts = []
+        for size in sizes:
+            parts.append(data[at : at + size])
+            at += size
+        made.append((parts[0].decode(), parts[1:]))
+    assert at == len(data)
+    return done.stdout.strip(), made
+
+
+def _plain(content: bytes, dtype: int) -> np.ndarray:
+    """The bits as integers, with one pattern for every NaN: processors differ in its sign."""
+    kind, infinity = PATTERNS[dtype]
+    values = np.frombuffer(content, kind).copy()
+    if infinity:
+        values[(values & kind(np.iinfo(kind).max // 2)) > infinity] = infinity + 1
+    return values
+
+
+def differences(calls: list[Call], made) -> list[str]:
+    """One line for every result that has other bits than the recorded one."""
+    lines = []
+    for i, (call, (error, buffers)) in enumerate(zip(calls, made, strict=True)):
+        if error != call.error:
+            lines.append(f"call {i}, {call.op}: error {error!r} for {call.error!r}")
+        for name, (dtype, buffer) in call.tensors.items():
+            if name in SCRATCH:
+                continue
+            expected, actual = _plain(call.after[buffer], dtype), _plain(buffers[buffer], dtype)
+            wrong = np.flatnonzero(expected != actual)
+            if len(wrong):
+                lines.append(
+                    f"call {i}, {call.op}: {len(wrong)} of {len(actual)} numbers of {name} differ, first {wrong[0]}"
+                )
+    return lines

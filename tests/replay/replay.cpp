@@ -1,0 +1,146 @@
+// The core without Python: reads recorded calls, makes each one, writes what every tensor then holds.
+//   replay CALLS RESULTS [THREADS]
+// For processors that only an emulator has, and for sanitizers, which see the kernels alone. tests/replay/__init__.py
+// records the calls and describes both files; a tensor gets memory of exactly its size, as far off a cache line as the
+// recorded one lay. The list of ops is that of csrc/bindings.cpp, collected by CMake.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/multiscale_ops.h"
+#include "common/ops.h"
+#include "cpu/isa.h"
+
+namespace tokenflow_ext {
+namespace baseline {
+TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
+}
+#ifdef TOKENFLOW_X86
+namespace avx2 {
+TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
+}
+namespace avx512 {
+TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
+}
+#define TOKENFLOW_OP(name) \
+  if (call.op == #name) return call.make(isa == 2 ? avx512::name : isa == 1 ? avx2::name : baseline::name)
+#else
+#define TOKENFLOW_OP(name) \
+  if (call.op == #name) return call.make(baseline::name)
+#endif
+
+[[noreturn]] static void fail(const char* what) {
+  std::fprintf(stderr, "replay: %s\n", what);
+  std::exit(2);
+}
+
+struct Buffer {
+  void* start;  // of the allocation
+  char* data;
+  int64_t bytes;
+};
+
+struct Record {
+  std::FILE* in;
+  int threads;  // instead of the recorded number; 0 keeps it
+  std::string op;
+  std::vector<Buffer> buffers;
+
+  void bytes(void* out, int64_t n) {
+    if (n && std::fread(out, 1, n, in) != static_cast<size_t>(n)) fail("the file of calls ends early");
+  }
+  template <class T>
+  T number() {
+    T value;
+    bytes(&value, 8);
+    return value;
+  }
+
+  // False at the end of the file.
+  bool read() {
+    int64_t length;
+    if (std::fread(&length, 8, 1, in) != 1) return false;
+    op.resize(length);
+    bytes(&op[0], length);
+    buffers.resize(number<int64_t>());
+    for (Buffer& buffer : buffers) {
+      buffer.bytes = number<int64_t>();
+      const int64_t offset = number<int64_t>();
+      if (posix_memalign(&buffer.start, 64, buffer.bytes + offset)) fail("no memory");
+      buffer.data = static_cast<char*>(buffer.start) + offset;
+      bytes(buffer.data, buffer.bytes);
+    }
+    return true;
+  }
+
+  void argument(int* value) {  // the only int of an op is its number of threads
+    const int64_t recorded = number<int64_t>();
+    *value = threads ? threads : static_cast<int>(recorded);
+  }
+  void argument(int64_t* value) { *value = number<int64_t>(); }
+  void argument(bool* value) { *value = number<int64_t>() != 0; }
+  void argument(double* value) { *value = number<double>(); }
+  void argument(View* view) {
+    *view = {nullptr, kNone, 0, -1, true, {}};
+    view->type = static_cast<Type>(number<int64_t>());
+    if (view->type == kNone) return;
+    view->rank = static_cast<int>(number<int64_t>());
+    for (int i = 0; i < view->rank; ++i) view->shape[i] = number<int64_t>();
+    const int64_t buffer = number<int64_t>();
+    view->data = buffer < 0 ? nullptr : buffers[buffer].data;
+  }
+  void argument(Tables* tables) {
+    *tables = {};
+    tables->count = static_cast<int>(number<int64_t>());
+    tables->l2 = number<int64_t>() != 0;
+    tables->unit = number<int64_t>() != 0;
+    tables->unit_codes = number<int64_t>() != 0;
+    for (int t = 0; t < tables->count; ++t) tables->width[t] = number<int64_t>();
+    for (int t = 0; t < tables->count; ++t) tables->weight[t] = number<double>();
+  }
+
+  template <class... Args>
+  Error make(Error (*function)(Args...) noexcept) {
+    std::tuple<Args...> arguments;
+    std::apply([&](Args&... each) { (argument(&each), ...); }, arguments);
+    return std::apply(function, arguments);
+  }
+
+  void write(Error error, std::FILE* out) {
+    const std::string sentence = error ? error : "";
+    const int64_t length = sentence.size();
+    std::fwrite(&length, 8, 1, out);
+    std::fwrite(sentence.data(), 1, sentence.size(), out);
+    for (Buffer& buffer : buffers) {
+      std::fwrite(buffer.data, 1, buffer.bytes, out);
+      std::free(buffer.start);
+    }
+  }
+};
+
+static Error make(Record& call, int isa) {
+  (void)isa;
+#include "ops.inc"
+  fail(("no such op: " + call.op).c_str());
+}
+
+}  // namespace tokenflow_ext
+
+int main(int argc, char** argv) {
+  using namespace tokenflow_ext;
+  const char* error = nullptr;
+  const int isa = choose_isa(&error);
+  if (error) fail(error);
+  if (argc < 3) fail("wanted replay CALLS RESULTS [THREADS]");
+  Record call = {std::fopen(argv[1], "rb"), argc > 3 ? std::atoi(argv[3]) : 0, {}, {}};
+  std::FILE* out = std::fopen(argv[2], "wb");
+  if (!call.in || !out) fail("a file could not be opened");
+  int64_t calls = 0;
+  for (; call.read(); ++calls) call.write(make(call, isa), out);
+  if (std::fclose(out)) fail("the results could not be written");
+  std::fclose(call.in);
+  std::printf("%s %lld\n", kIsaNames[isa], static_cast<long long>(calls));
+}
