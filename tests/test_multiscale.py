@@ -248,8 +248,8 @@ def test_opcheck(dtype):
     weight, bias = leaves(*phi_of((1, 2), wide)[:2])
     ids = torch.randint(9, (2, 23), generator=torch.Generator().manual_seed(4))
     loop = (grids, widths, [1.0, 2.0])
-    opcheck("multiscale_quantize", features, codebook, None, None, *loop, "cosine", True, 0.0, False, 0.25, 1.0)
-    opcheck("multiscale_quantize", features, codebook, weight, bias, *loop, "l2", False, 0.5, True, 0.25, 1.0)
+    opcheck("multiscale_quantize", features, codebook, None, None, *loop, "cosine", True, 0.0, False, 0.25, 1.0, True)
+    opcheck("multiscale_quantize", features, codebook, weight, bias, *loop, "l2", False, 0.5, True, 0.25, 1.0, True)
     opcheck(
         "multiscale_rows", features, ids, codebook.detach(), weight.detach(), bias.detach(), grids, widths, True, 0.5
     )

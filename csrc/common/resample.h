@@ -11,22 +11,26 @@ TOKENFLOW_BEGIN
 
 enum Rule { kArea, kBicubic };
 
+// Taps first .. first + count - 1 of an axis. An area window may be wider than four, its weights are all the same.
 template <class T>
 struct Band {
-  int64_t first;
-  int64_t count;
-  bool even;  // every tap has weight[0]
   T weight[4];
-  T at(int64_t k) const { return weight[even ? 0 : k]; }
+  int32_t first, count;
+  T at(int64_t k) const { return weight[k < 4 ? k : 3]; }
 };
+
+constexpr int64_t kBandNumbers = 6;  // numbers of T that hold one Band<T>
+static_assert(sizeof(Band<float>) <= kBandNumbers * sizeof(float), "a band fits six float32");
+static_assert(sizeof(Band<double>) <= kBandNumbers * sizeof(double), "a band fits six float64");
 
 static inline double cubic_near(double d) { return ((-0.75 + 2.0) * d - (-0.75 + 3.0)) * d * d + 1.0; }
 static inline double cubic_far(double d) { return ((-0.75 * d - 5.0 * -0.75) * d + 8.0 * -0.75) * d - 4.0 * -0.75; }
 
 template <class T>
 static inline Band<T> area_band(int64_t n_in, int64_t n_out, int64_t i) {
-  const int64_t first = i * n_in / n_out, last = ((i + 1) * n_in + n_out - 1) / n_out;
-  return {first, last - first, true, {static_cast<T>(1.0 / static_cast<double>(last - first))}};
+  const int64_t first = i * n_in / n_out, count = ((i + 1) * n_in + n_out - 1) / n_out - first;
+  const T weight = static_cast<T>(1.0 / static_cast<double>(count));
+  return {{weight, weight, weight, weight}, static_cast<int32_t>(first), static_cast<int32_t>(count)};
 }
 
 // Position ((2 i + 1) n_in - n_out) / (2 n_out), as quotient and remainder; taps clamped onto one sample add up.
@@ -42,13 +46,11 @@ static inline Band<T> bicubic_band(int64_t n_in, int64_t n_out, int64_t i) {
     const int64_t sample = base - 1 + k < 0 ? 0 : base - 1 + k < n_in ? base - 1 + k : n_in - 1;
     sum[sample - lowest] += tap[k];
   }
-  Band<T> band = {lowest, 4, false, {}};
-  while (band.count > 1 && sum[band.count - 1] == 0) --band.count;
-  int64_t skip = 0;
-  while (skip + 1 < band.count && sum[skip] == 0) ++skip;
-  band.first += skip;
-  band.count -= skip;
-  for (int64_t k = 0; k < band.count; ++k) band.weight[k] = static_cast<T>(sum[skip + k]);
+  int64_t from = 0, to = 4;
+  while (to > 1 && sum[to - 1] == 0) --to;
+  while (from + 1 < to && sum[from] == 0) ++from;
+  Band<T> band = {{}, static_cast<int32_t>(lowest + from), static_cast<int32_t>(to - from)};
+  for (int64_t k = from; k < to; ++k) band.weight[k - from] = static_cast<T>(sum[k]);
   return band;
 }
 

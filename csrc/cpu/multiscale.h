@@ -1,8 +1,10 @@
 // What the multi-scale ops share: the call's constants, codes from ids, and what one scale adds to the map,
 //   step_s = phi_s(Up q_s),  phi_s(u) = (1 - ratio) u + ratio (conv3x3(u) + bias),
-// with its transpose. Maps are channels last, [H W, C]; images are independent and fall into fixed chunks, each with
-// its own scratch, so that sums do not depend on the thread count.
+// with its transpose. Maps are channels last, [H W, C], and made row by row. Images are independent; sums over images
+// are taken over fixed chunks, so that they do not depend on the thread count, and scratch belongs to a thread.
 #pragma once
+#include <omp.h>
+
 #include "common/multiscale_ops.h"
 #include "cpu/codes.h"
 #include "cpu/conv3x3.h"
@@ -17,16 +19,33 @@ struct Loop {
   Tables tables;
   const T* codebook;        // [K, C], raw
   int64_t codes;            // K
-  const T* phi;             // [P, 9, in, out], or null
-  const T* phi_transposed;  // [P, 9, out, in], backward only
-  const T* bias;            // [P, C]
+  const T* phi;             // [P, 9, in, out padded], or null
+  const T* phi_transposed;  // [P, 9, out, in padded], taps turned around, backward only
+  const T* bias;            // [P, C padded]
   T ratio;
+  Band<T>* bands;  // [S, 2 (H + W)]: area rows, area columns, bicubic rows, bicubic columns
 
   Grid grid(int64_t s) const { return {grids[3 * s], grids[3 * s + 1]}; }
-  int64_t map() const { return size.cells() * channels; }
-  int64_t kernel() const { return 9 * channels * channels; }
+  int64_t width() const { return size.w * channels; }  // numbers in a row of the map
+  int64_t map() const { return size.h * width(); }
+  int64_t kernel() const { return 9 * channels * padded(channels); }
   int64_t phi_row(int64_t s) const { return grids[3 * s + 2]; }
+  int64_t step_products() const { return map() * (8 + (phi ? 9 * channels : 0)); }
+  Axes<T> area(int64_t s) const {
+    Band<T>* rows = bands + 2 * s * (size.h + size.w);
+    return {size, grid(s), rows, rows + size.h};
+  }
+  Axes<T> bicubic(int64_t s) const {
+    Band<T>* rows = bands + (2 * s + 1) * (size.h + size.w);
+    return {grid(s), size, rows, rows + size.h};
+  }
 };
+
+// Numbers in one piece of scratch: a padded map, a row more, and what whole registers read beyond them.
+template <class T>
+static int64_t piece(const Loop<T>& loop) {
+  return (loop.size.h + 1) * (loop.size.w + 2) * loop.channels + 64;
+}
 
 template <class T>
 static T* data(const View& view) {
@@ -38,7 +57,7 @@ static T* data(const View& view) {
 template <class T>
 static Error make_loop(int64_t batch, int64_t length, const View& codes, int64_t channels, const Tables& tables,
                        const View& grids, Grid size, const View& phi, const View& phi_transposed, const View& bias,
-                       double ratio, Loop<T>* loop) {
+                       double ratio, const View& bands, Loop<T>* loop) {
   int64_t width = 0, covered = 0, scales = 0;
   for (int t = 0; t < tables.count; ++t) width += tables.width[t];
   if (width != channels) return "multiscale: tables: wanted widths that sum to the channels";
@@ -59,10 +78,14 @@ static Error make_loop(int64_t batch, int64_t length, const View& codes, int64_t
     return "multiscale: codebook: wanted the type that is computed in";
   if (phi.type != kNone &&
       (phi.type != type_of<T>() || !dense(phi, 4) || phi.shape[1] != 9 || phi.shape[2] != channels ||
-       phi.shape[3] != channels || !holds(bias, type_of<T>(), phi.shape[0] * channels)))
-    return "multiscale: phi: wanted contiguous [P, 9, C, C] and [P, C] of the type that is computed in";
-  if (phi_transposed.type != kNone && !holds(phi_transposed, type_of<T>(), phi.shape[0] * 9 * channels * channels))
-    return "multiscale: phi_transposed: wanted [P, 9, C, C] of the type that is computed in";
+       phi.shape[3] != padded(channels) || !holds(bias, type_of<T>(), phi.shape[0] * padded(channels))))
+    return "multiscale: phi: wanted contiguous [P, 9, C, D] and [P, D], D the padded C, of the type that is computed "
+           "in";
+  if (phi_transposed.type != kNone &&
+      !holds(phi_transposed, type_of<T>(), phi.shape[0] * 9 * channels * padded(channels)))
+    return "multiscale: phi_transposed: wanted [P, 9, C, D], D the padded C, of the type that is computed in";
+  if (!holds(bands, type_of<T>(), grids.shape[0] * 2 * (size.h + size.w) * kBandNumbers))
+    return "multiscale: bands: wanted [S, 2 (H + W), 6] of the type that is computed in";
   *loop = {batch,
            channels,
            scales,
@@ -75,8 +98,17 @@ static Error make_loop(int64_t batch, int64_t length, const View& codes, int64_t
            data<T>(phi),
            data<T>(phi_transposed),
            data<T>(bias),
-           static_cast<T>(ratio)};
+           static_cast<T>(ratio),
+           static_cast<Band<T>*>(bands.data)};
   return nullptr;
+}
+
+template <class T>
+static void fill_bands(const Loop<T>& loop, int64_t scales) {
+  for (int64_t s = 0; s < scales; ++s) {
+    fill_bands(kArea, loop.area(s));
+    fill_bands(kBicubic, loop.bicubic(s));
+  }
 }
 
 // Rows of a next-scale model's inputs: those of scales 2 .. min(p + 1, S).
@@ -87,11 +119,15 @@ static int64_t input_rows(const Loop<T>& loop, int64_t all_scales) {
   return rows;
 }
 
-// Scratch [J, maps, H W, C] for at least one chunk.
+// Scratch of so many pieces a thread.
 template <class T>
-static bool holds_spare(const Loop<T>& loop, const View& spare, int64_t maps) {
-  return dense(spare, 4) && spare.shape[0] >= 1 && spare.shape[1] >= maps &&
-         holds(spare, type_of<T>(), spare.shape[0] * spare.shape[1] * loop.map());
+static bool holds_spare(const Loop<T>& loop, const View& spare, int64_t pieces, int threads) {
+  return holds(spare, type_of<T>(), threads * pieces * piece(loop));
+}
+
+template <class T>
+static T* own(const Loop<T>& loop, const View& spare, int64_t pieces) {
+  return data<T>(spare) + omp_get_thread_num() * pieces * piece(loop);
 }
 
 // The codes that were gathered for the ids, and their norms.
@@ -114,6 +150,26 @@ static bool holds_gradients(const Loop<T>& loop, const View& gaps, const View& o
          (grad_phi.type == kNone || holds(grad_phi, type_of<T>(), numbers));
 }
 
+// Rows [first, last) of an image: what one thread does at a time.
+struct Part {
+  int64_t image, first, last;
+};
+
+constexpr int64_t kWorthThreads = 1 << 18;  // products that take longer than waking a thread
+
+// Calls visit(part) for all `rows` rows of every image, on several threads where `products` an image pay for them.
+// Images are cut only where threads would be idle, so nothing that visit writes may depend on the cut.
+template <class Visit>
+static void for_parts(int64_t batch, int64_t rows, int64_t products, int threads, Visit visit) {
+  if (batch * products < kWorthThreads) threads = 1;
+  const int64_t parts = batch % threads == 0 ? 1 : threads < rows ? threads : rows;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < batch * parts; ++i) {
+    const int64_t p = i % parts;
+    visit(Part{i / parts, p * rows / parts, (p + 1) * rows / parts});
+  }
+}
+
 // Images [first, last) of chunk j of `chunks`.
 struct Chunk {
   int64_t first, last;
@@ -122,21 +178,41 @@ static inline Chunk chunk_of(int64_t batch, int64_t chunks, int64_t j) {
   return {j * batch / chunks, (j + 1) * batch / chunks};
 }
 
-// map [H W, C] from planes [C, H W] of image b of a view [B, C, H, W] of any float type; `plane` [H W] is spare.
+constexpr int64_t kRun = 32;  // pixels of a plane that are turned at once, so that the map's lines stay near
+
+// map [H W, C] from planes [C, H W] of image b of a view [B, C, H, W] of any float type.
 template <class T>
-static void load_map(const View& planes, int64_t b, int64_t channels, int64_t pixels, T* map, T* plane) {
-  for (int64_t c = 0; c < channels; ++c) {
-    load(planes, (b * channels + c) * pixels, pixels, plane);
-    for (int64_t p = 0; p < pixels; ++p) map[p * channels + c] = plane[p];
+static void load_map(const View& planes, int64_t b, int64_t channels, int64_t pixels, T* map) {
+  T run[kRun];
+  for (int64_t p = 0; p < pixels; p += kRun) {
+    const int64_t n = pixels - p < kRun ? pixels - p : kRun;
+    for (int64_t c = 0; c < channels; ++c) {
+      load(planes, (b * channels + c) * pixels + p, n, run);
+      for (int64_t i = 0; i < n; ++i) map[(p + i) * channels + c] = run[i];
+    }
   }
 }
 
 template <class T>
-static void store_map(const View& planes, int64_t b, int64_t channels, int64_t pixels, const T* map, T* plane) {
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t p = 0; p < pixels; ++p) plane[p] = map[p * channels + c];
-    store(planes, (b * channels + c) * pixels, pixels, plane);
+static void store_map(const View& planes, int64_t b, int64_t channels, int64_t pixels, const T* map) {
+  T run[kRun];
+  for (int64_t p = 0; p < pixels; p += kRun) {
+    const int64_t n = pixels - p < kRun ? pixels - p : kRun;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < n; ++i) run[i] = map[(p + i) * channels + c];
+      store(planes, (b * channels + c) * pixels + p, n, run);
+    }
   }
+}
+
+template <class T>
+static inline void add(const T* __restrict from, int64_t n, T* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+template <class T>
+static inline void subtract(const T* __restrict from, int64_t n, T* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] -= from[i];
 }
 
 static inline bool dropped(const int64_t* ids, int64_t cells) {
@@ -178,40 +254,23 @@ static int64_t gather_scale(const Loop<T>& loop, const int64_t* ids, int64_t cel
   return outside;
 }
 
-// step [H W, C] = phi_s(Up rows) for rows [h w, C]; spare [2, H W, C].
+// The codes of all ids of a prefix. Returns how many ids lie outside the table.
 template <class T>
-static void code_step(const Loop<T>& loop, int64_t s, const T* rows, T* step, T* spare) {
-  if (!loop.phi) {
-    resample(kBicubic, rows, loop.grid(s), loop.size, loop.channels, step, spare);
-    return;
-  }
-  T* up = spare + loop.map();
-  resample(kBicubic, rows, loop.grid(s), loop.size, loop.channels, up, spare);
-  conv3x3(up, loop.size, loop.channels, loop.phi + loop.phi_row(s) * loop.kernel(),
-          loop.bias + loop.phi_row(s) * loop.channels, step);
-  const T keep = 1 - loop.ratio;
-  for (int64_t i = 0; i < loop.map(); ++i) step[i] = keep * up[i] + loop.ratio * step[i];
-}
-
-// grad_rows [h w, C] from grad_step [H W, C], and phi's share into grad_phi [P, 9, out, in], grad_bias [P, C].
-// Rows that are not numbers are left out. spare [2, H W, C].
-template <class T>
-static void code_step_transposed(const Loop<T>& loop, int64_t s, const T* rows, const T* grad_step, T* grad_rows,
-                                 T* grad_phi, T* grad_bias, T* spare) {
-  const T* grad_up = grad_step;
-  if (loop.phi) {
-    T* up = spare + loop.map();
-    const int64_t p = loop.phi_row(s);
-    resample(kBicubic, rows, loop.grid(s), loop.size, loop.channels, up, spare);
-    for (int64_t i = 0; i < loop.map(); ++i) up[i] = up[i] == up[i] ? up[i] : 0;
-    conv3x3_grad_weight(up, grad_step, loop.size, loop.channels, loop.ratio, grad_phi + p * loop.kernel(),
-                        grad_bias + p * loop.channels);
-    const T keep = 1 - loop.ratio;
-    for (int64_t i = 0; i < loop.map(); ++i) up[i] = keep * grad_step[i];
-    conv3x3_grad_input(grad_step, loop.size, loop.channels, loop.phi_transposed + p * loop.kernel(), loop.ratio, up);
-    grad_up = up;
-  }
-  resample_transposed(kBicubic, grad_up, loop.grid(s), loop.size, loop.channels, grad_rows, spare);
+static int64_t gather_prefix(const Loop<T>& loop, const int64_t* indices, const View& code_rows, const View& code_norms,
+                             int threads) {
+  int64_t outside = 0;
+  for_parts(loop.batch, 1, 8 * loop.length * loop.channels, threads, [&](Part part) {
+    int64_t at = part.image * loop.length, here = 0;
+    for (int64_t s = 0; s < loop.scales; ++s) {
+      const int64_t cells = loop.grid(s).cells();
+      here += gather_scale(loop, indices + at, cells, data<T>(code_rows) + at * loop.channels,
+                           data<T>(code_norms) + at * loop.tables.count);
+      at += cells;
+    }
+#pragma omp atomic
+    outside += here;
+  });
+  return outside;
 }
 
 // out [n] = sum over the chunks of partial [chunks, n], in order.

@@ -15,117 +15,114 @@ static Grid largest(const View& grids) {
   return size;
 }
 
+// From the grid of scale s - 1 to that of scale s.
+template <class T>
+static Axes<T> growth(const Loop<T>& loop, int64_t s) {
+  const Axes<T> place = loop.bicubic(s);
+  return {loop.grid(s - 1), loop.grid(s), place.rows, place.columns};
+}
+
 template <class T>
 static Error forward(const View& indices, const View& codebook, const Tables& tables, const View& grids, int64_t refine,
-                     const View& spare, const View& inputs, const View& code_rows, const View& code_norms,
-                     const View& status, int threads) {
+                     const View& bands, const View& spare, const View& inputs, const View& code_rows,
+                     const View& code_norms, const View& status, int threads) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
   if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
-                                    largest(grids), none, none, none, 0, &loop))
+                                    largest(grids), none, none, none, 0, bands, &loop))
     return error;
-  const int64_t channels = loop.channels, chunks = spare.shape[0];
-  if (!holds_spare(loop, spare, 3) || !holds_codes(loop, code_rows, code_norms) || !holds(status, kInt64, 1) ||
+  const int64_t channels = loop.channels;
+  if (!holds_spare(loop, spare, 3, threads) || !holds_codes(loop, code_rows, code_norms) || !holds(status, kInt64, 1) ||
       inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
       !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))
     return "multiscale_chain: wanted outputs and workspace that fit the grids";
-  int64_t outside = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : outside) if (chunks > 1)
-  for (int64_t j = 0; j < chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* state = data<T>(spare) + j * spare.shape[1] * loop.map();
-    T *grown = state + loop.map(), *rest = grown + loop.map();
-    for (int64_t b = chunk.first; b < chunk.last; ++b) {
-      int64_t at = b * loop.length;
-      T* input = data<T>(inputs) + b * inputs.shape[1] * channels;
-      for (int64_t s = 0; s < loop.scales + 1 && s < grids.shape[0]; ++s) {
-        const int64_t cells = loop.grid(s).cells(), numbers = cells * channels;
-        if (s > 0)
-          resample(kBicubic, state, loop.grid(s - 1), loop.grid(s), channels, grown, rest);
-        else
-          memset(grown, 0, numbers * sizeof(T));
-        memcpy(state, grown, numbers * sizeof(T));
-        if (s < loop.scales) {
-          T* codes = data<T>(code_rows) + at * channels;
-          outside +=
-              gather_scale(loop, data<int64_t>(indices) + at, cells, codes, data<T>(code_norms) + at * tables.count);
-          for (int64_t i = 0; i < numbers; ++i) state[i] += codes[i];
-          at += cells;
-        }
-        if (s == 0) continue;
-        memcpy(input, s + 1 == refine ? state : grown, numbers * sizeof(T));
-        input += numbers;
+  for (int64_t s = 1; s < grids.shape[0]; ++s) fill_bands(kBicubic, growth(loop, s));
+  data<int64_t>(status)[0] = gather_prefix(loop, data<int64_t>(indices), code_rows, code_norms, threads);
+  for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
+    T* state = own(loop, spare, 3);
+    T *grown = state + piece(loop), *across = grown + piece(loop);
+    int64_t at = part.image * loop.length;
+    T* input = data<T>(inputs) + part.image * inputs.shape[1] * channels;
+    memset(grown, 0, loop.grid(0).cells() * channels * sizeof(T));
+    for (int64_t s = 0; s < loop.scales + 1 && s < grids.shape[0]; ++s) {
+      const int64_t cells = loop.grid(s).cells(), numbers = cells * channels;
+      if (s > 0) {
+        const Axes<T> grow = growth(loop, s);
+        const int64_t width = grow.out.w * channels;
+        widen(grow, state, channels, 0, grow.out.h, across);
+        for (int64_t y = 0; y < grow.out.h; ++y) blend(grow.rows[y], across, width, width, grown + y * width);
       }
+      memcpy(state, grown, numbers * sizeof(T));
+      if (s < loop.scales) add(data<T>(code_rows) + at * channels, numbers, state);
+      at += cells;
+      if (s == 0) continue;
+      memcpy(input, s + 1 == refine ? state : grown, numbers * sizeof(T));
+      input += numbers;
     }
-  }
-  data<int64_t>(status)[0] = outside;
+  });
   return nullptr;
 }
 
-Error multiscale_chain(View indices, View codebook, Tables tables, View grids, int64_t refine, View spare, View inputs,
-                       View code_rows, View code_norms, View status, int threads) noexcept {
+Error multiscale_chain(View indices, View codebook, Tables tables, View grids, int64_t refine, View bands, View spare,
+                       View inputs, View code_rows, View code_norms, View status, int threads) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(codebook, 2) || !dense(inputs, 3) || !dense(grids, 2))
     return "multiscale_chain: wanted contiguous int64 indices [B, L], codebook [K, C], inputs [B, R, C], grids [S, 3]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
-  return of_type(indices, codebook, tables, grids, refine, spare, inputs, code_rows, code_norms, status, threads);
+  return of_type(indices, codebook, tables, grids, refine, bands, spare, inputs, code_rows, code_norms, status,
+                 threads);
 }
 
 template <class T>
 static Error backward(const View& indices, const View& code_rows, const View& code_norms, const View& grad_inputs,
-                      const Tables& tables, const View& grids, int64_t refine, const View& spare, const View& gaps,
-                      const View& order, const View& starts, const View& grad_codebook, int threads) {
+                      const Tables& tables, const View& grids, int64_t refine, const View& bands, const View& spare,
+                      const View& gaps, const View& order, const View& starts, const View& grad_codebook, int threads) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
   if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
-                                    grids, largest(grids), none, none, none, 0, &loop))
+                                    grids, largest(grids), none, none, none, 0, bands, &loop))
     return error;
-  const int64_t channels = loop.channels, chunks = spare.shape[0];
-  if (!holds_spare(loop, spare, 3) || !holds_codes(loop, code_rows, code_norms) ||
-      !holds_gradients(loop, gaps, order, starts, grad_codebook, none, none, chunks, 0) ||
+  const int64_t channels = loop.channels;
+  if (!holds_spare(loop, spare, 3, threads) || !holds_codes(loop, code_rows, code_norms) ||
+      !holds_gradients(loop, gaps, order, starts, grad_codebook, none, none, 0, 0) ||
       grad_inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
       !holds(grad_inputs, type_of<T>(), loop.batch * grad_inputs.shape[1] * channels))
     return "multiscale_chain_backward: wanted gradients and workspace that fit the grids";
-#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
-  for (int64_t j = 0; j < chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* state = data<T>(spare) + j * spare.shape[1] * loop.map();
-    T *grown = state + loop.map(), *rest = grown + loop.map();
-    for (int64_t b = chunk.first; b < chunk.last; ++b) {
-      int64_t at = (b + 1) * loop.length;
-      const T* input = data<T>(grad_inputs) + (b + 1) * grad_inputs.shape[1] * channels;
-      const int64_t last = loop.scales < grids.shape[0] ? loop.scales : grids.shape[0] - 1;
-      memset(state, 0, loop.map() * sizeof(T));
-      for (int64_t s = last; s >= 0; --s) {
-        // `state` is the gradient of state s; that of input s is the same sum, the codes' too.
-        const int64_t cells = loop.grid(s).cells(), numbers = cells * channels;
-        if (s > 0) input -= numbers;
-        if (s > 0 && s + 1 == refine)
-          for (int64_t i = 0; i < numbers; ++i) state[i] += input[i];
-        if (s < loop.scales) {
-          at -= cells;
-          memcpy(data<T>(gaps) + at * channels, state, numbers * sizeof(T));
-        }
-        if (s == 0) continue;
-        if (s + 1 != refine)
-          for (int64_t i = 0; i < numbers; ++i) state[i] += input[i];
-        memcpy(grown, state, numbers * sizeof(T));
-        resample_transposed(kBicubic, grown, loop.grid(s - 1), loop.grid(s), channels, state, rest);
+  for (int64_t s = 1; s < grids.shape[0]; ++s) fill_bands(kBicubic, growth(loop, s));
+  for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
+    T* state = own(loop, spare, 3);
+    T *grown = state + piece(loop), *across = grown + piece(loop);
+    int64_t at = (part.image + 1) * loop.length;
+    const T* input = data<T>(grad_inputs) + (part.image + 1) * grad_inputs.shape[1] * channels;
+    const int64_t last = loop.scales < grids.shape[0] ? loop.scales : grids.shape[0] - 1;
+    memset(state, 0, loop.map() * sizeof(T));
+    for (int64_t s = last; s >= 0; --s) {
+      // `state` is the gradient of state s; that of input s is the same sum, the codes' too.
+      const int64_t cells = loop.grid(s).cells(), numbers = cells * channels;
+      if (s > 0) input -= numbers;
+      if (s > 0 && s + 1 == refine) add(input, numbers, state);
+      if (s < loop.scales) {
+        at -= cells;
+        memcpy(data<T>(gaps) + at * channels, state, numbers * sizeof(T));
       }
+      if (s == 0) continue;
+      if (s + 1 != refine) add(input, numbers, state);
+      memcpy(grown, state, numbers * sizeof(T));
+      up_transposed(growth(loop, s), grown, channels, state, across);
     }
-  }
+  });
   sum_by_code(tables, data<int64_t>(indices), data<T>(gaps), data<T>(code_rows), data<T>(code_norms),
               loop.batch * loop.length, order, starts, grad_codebook, threads);
   return nullptr;
 }
 
 Error multiscale_chain_backward(View indices, View code_rows, View code_norms, View grad_inputs, Tables tables,
-                                View grids, int64_t refine, View spare, View gaps, View order, View starts,
+                                View grids, int64_t refine, View bands, View spare, View gaps, View order, View starts,
                                 View grad_codebook, int threads) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(code_rows, 3) || !dense(grad_inputs, 3) ||
       !dense(grad_codebook, 2) || !dense(grids, 2))
     return "multiscale_chain_backward: wanted contiguous indices, code_rows, grad_inputs, grad_codebook and grids";
   const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
-  return of_type(indices, code_rows, code_norms, grad_inputs, tables, grids, refine, spare, gaps, order, starts,
+  return of_type(indices, code_rows, code_norms, grad_inputs, tables, grids, refine, bands, spare, gaps, order, starts,
                  grad_codebook, threads);
 }
 

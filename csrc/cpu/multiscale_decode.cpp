@@ -1,106 +1,130 @@
 // multiscale_decode: f = sum_s phi_s(Up codes_s) from ids of whole scales; and the inputs of a next-scale model by the
 // rule "accumulate": Down_{s+1} f_s for the running maps f_s. Either output may be absent. Dropped scales add nothing.
 //   backward: G = df; from the last scale to the first G += Down_{s+1}^T dinputs_{s+1}, dstep_s = G
-// Image by image; kept for backward: the gathered codes [B, L, C].
-#include "cpu/multiscale.h"
+// Codes are gathered first; then an image's map rows need no others, unless inputs are pooled from it in between. Kept
+// for backward: the gathered codes [B, L, C].
+#include "cpu/multiscale_step.h"
 
 TOKENFLOW_BEGIN
 
+// Some map rows of one image, after every scale; sum [H W, C]. Dropped scales add nothing.
 template <class T>
-static Error forward(const View& indices, const View& codebook, const Tables& tables, const View& grids, Grid size,
-                     const View& phi, const View& bias, double ratio, const View& spare, const View& map,
-                     const View& inputs, const View& code_rows, const View& code_norms, const View& status,
-                     int threads) {
+struct Decoder {
   Loop<T> loop;
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
-                                    size, phi, View{nullptr, kNone}, bias, ratio, &loop))
-    return error;
-  const int64_t channels = loop.channels, chunks = spare.shape[0];
-  if (!holds_spare(loop, spare, 4) || !holds_codes(loop, code_rows, code_norms) || !holds(status, kInt64, 1) ||
-      (map.type != kNone && !holds(map, type_of<T>(), loop.batch * loop.map())) ||
-      (inputs.type != kNone && (!dense(inputs, 3) || inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
-                                !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))))
-    return "multiscale_decode: wanted outputs and workspace that fit the maps";
-  int64_t outside = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : outside) if (chunks > 1)
-  for (int64_t j = 0; j < chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* sum = data<T>(spare) + j * spare.shape[1] * loop.map();
-    T *step = sum + loop.map(), *rest = step + loop.map();
-    for (int64_t b = chunk.first; b < chunk.last; ++b) {
-      memset(sum, 0, loop.map() * sizeof(T));
-      int64_t at = b * loop.length;
-      T* input = inputs.data ? data<T>(inputs) + b * inputs.shape[1] * channels : nullptr;
-      for (int64_t s = 0; s < loop.scales; ++s) {
-        const int64_t cells = loop.grid(s).cells();
-        const int64_t* ids = data<int64_t>(indices) + at;
-        T* codes = data<T>(code_rows) + at * channels;
-        outside += gather_scale(loop, ids, cells, codes, data<T>(code_norms) + at * tables.count);
-        at += cells;
-        if (!dropped(ids, cells)) {
-          code_step(loop, s, codes, step, rest);
-          for (int64_t i = 0; i < loop.map(); ++i) sum[i] += step[i];
+  const int64_t* indices;  // [B, L]
+  const T* code_rows;      // [B, L, C]
+  int64_t all_scales;
+  T* inputs;  // [B, R, C] or null
+  int64_t input_rows;
+
+  void rows(const Part& part, T* sum, T* spare) const {
+    const int64_t channels = loop.channels, width = loop.width();
+    T *row = spare + 2 * piece(loop), *input = inputs + part.image * input_rows * channels;
+    memset(sum + part.first * width, 0, (part.last - part.first) * width * sizeof(T));
+    int64_t at = part.image * loop.length;
+    for (int64_t s = 0; s < loop.scales; ++s) {
+      const int64_t cells = loop.grid(s).cells();
+      if (!dropped(indices + at, cells)) {
+        const Step<T> step(loop, s, spare);
+        step.begin(code_rows + at * channels, part.first, part.last);
+        for (int64_t y = part.first; y < part.last; ++y) {
+          step.row(y, row);
+          add(row, width, sum + y * width);
         }
-        if (!input || s + 1 == grids.shape[0]) continue;
-        resample(kArea, sum, size, loop.grid(s + 1), channels, input, rest);
-        input += loop.grid(s + 1).cells() * channels;
       }
-      if (map.data) store_map(map, b, channels, size.cells(), sum, rest);
+      at += cells;
+      if (!inputs || s + 1 == all_scales) continue;
+      const Axes<T> area = loop.area(s + 1);
+      for (int64_t i = 0; i < area.out.h; ++i, input += area.out.w * channels)
+        pool_row(area, sum, channels, i, input, row);
     }
   }
-  data<int64_t>(status)[0] = outside;
+};
+
+template <class T>
+static Error forward(const View& indices, const View& codebook, const Tables& tables, const View& grids, Grid size,
+                     const View& phi, const View& bias, double ratio, const View& bands, const View& maps,
+                     const View& spare, const View& map, const View& inputs, const View& code_rows,
+                     const View& code_norms, const View& status, int threads) {
+  Decoder<T> call = {};
+  Loop<T>& loop = call.loop;
+  if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
+                                    size, phi, View{nullptr, kNone}, bias, ratio, bands, &loop))
+    return error;
+  const int64_t channels = loop.channels, scales = grids.shape[0];
+  if (!holds_spare(loop, spare, 3, threads) || !holds_codes(loop, code_rows, code_norms) ||
+      !holds(maps, type_of<T>(), loop.batch * loop.map()) || !holds(status, kInt64, 1) ||
+      (map.type != kNone && !holds(map, type_of<T>(), loop.batch * loop.map())) ||
+      (inputs.type != kNone && (!dense(inputs, 3) || inputs.shape[1] != input_rows(loop, scales) ||
+                                !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))))
+    return "multiscale_decode: wanted outputs and workspace that fit the maps";
+  call.indices = data<int64_t>(indices);
+  call.code_rows = data<T>(code_rows);
+  call.all_scales = scales;
+  call.inputs = data<T>(inputs);
+  call.input_rows = inputs.data ? inputs.shape[1] : 0;
+  fill_bands(loop, scales);
+  data<int64_t>(status)[0] = gather_prefix(loop, call.indices, code_rows, code_norms, threads);
+  const bool whole = inputs.data != nullptr;
+  for_parts(loop.batch, whole ? 1 : loop.size.h, loop.scales * loop.step_products(), threads, [&](Part part) {
+    if (whole) part.last = loop.size.h;
+    call.rows(part, data<T>(maps) + part.image * loop.map(), own(loop, spare, 3));
+  });
+  if (map.data)
+    for_parts(loop.batch, 1, loop.map(), threads, [&](Part part) {
+      store_map(map, part.image, channels, size.cells(), data<T>(maps) + part.image * loop.map());
+    });
   return nullptr;
 }
 
 Error multiscale_decode(View indices, View codebook, Tables tables, View grids, int64_t height, int64_t width, View phi,
-                        View bias, double ratio, View spare, View map, View inputs, View code_rows, View code_norms,
-                        View status, int threads) noexcept {
+                        View bias, double ratio, View bands, View maps, View spare, View map, View inputs,
+                        View code_rows, View code_norms, View status, int threads) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(codebook, 2) || height < 1 || width < 1)
     return "multiscale_decode: wanted contiguous int64 indices [B, L] and codebook [K, C]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
-  return of_type(indices, codebook, tables, grids, {height, width}, phi, bias, ratio, spare, map, inputs, code_rows,
-                 code_norms, status, threads);
+  return of_type(indices, codebook, tables, grids, {height, width}, phi, bias, ratio, bands, maps, spare, map, inputs,
+                 code_rows, code_norms, status, threads);
 }
 
 template <class T>
 static Error backward(const View& indices, const View& code_rows, const View& code_norms, const View& grad_map,
                       const View& grad_inputs, const Tables& tables, const View& grids, Grid size, const View& phi,
-                      const View& phi_transposed, const View& bias, double ratio, const View& spare, const View& gaps,
-                      const View& partial_phi, const View& order, const View& starts, const View& grad_codebook,
-                      const View& grad_phi, int threads) {
+                      const View& phi_transposed, const View& bias, double ratio, int64_t chunks, const View& bands,
+                      const View& spare, const View& gaps, const View& partial_phi, const View& order,
+                      const View& starts, const View& grad_codebook, const View& grad_phi, int threads) {
   Loop<T> loop;
   if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
-                                    grids, size, phi, phi_transposed, bias, ratio, &loop))
+                                    grids, size, phi, phi_transposed, bias, ratio, bands, &loop))
     return error;
-  const int64_t channels = loop.channels, chunks = spare.shape[0];
-  const int64_t kernels = phi.data ? phi.shape[0] * loop.kernel() : 0;
+  const int64_t channels = loop.channels, width = loop.width();
+  const int64_t kernels = phi.data ? phi.shape[0] * 9 * channels * channels : 0;
   const int64_t numbers = phi.data ? kernels + phi.shape[0] * channels : 0;
-  if (!holds_spare(loop, spare, 5) || !holds_codes(loop, code_rows, code_norms) ||
+  if (chunks < 1 || !holds_spare(loop, spare, 4, threads) || !holds_codes(loop, code_rows, code_norms) ||
       !holds_gradients(loop, gaps, order, starts, grad_codebook, partial_phi, grad_phi, chunks, numbers) ||
       (grad_map.type != kNone && !holds(grad_map, type_of<T>(), loop.batch * loop.map())) ||
       (grad_inputs.type != kNone &&
        (!dense(grad_inputs, 3) || grad_inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
         !holds(grad_inputs, type_of<T>(), loop.batch * grad_inputs.shape[1] * channels))))
     return "multiscale_decode_backward: wanted gradients and workspace that fit the maps";
+  fill_bands(loop, grids.shape[0]);
 #pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* grad = data<T>(spare) + j * spare.shape[1] * loop.map();
-    T *step = grad + loop.map(), *rest = step + loop.map();
+    T *rest = own(loop, spare, 4), *grad = rest + 3 * piece(loop);
     T* phi_share = numbers ? data<T>(partial_phi) + j * numbers : nullptr;
     if (numbers) memset(phi_share, 0, numbers * sizeof(T));
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
       if (grad_map.data)
-        load_map(grad_map, b, channels, size.cells(), grad, rest);
+        load_map(grad_map, b, channels, size.cells(), grad);
       else
-        memset(grad, 0, loop.map() * sizeof(T));
+        memset(grad, 0, size.h * width * sizeof(T));
       int64_t at = (b + 1) * loop.length;
       const T* input = grad_inputs.data ? data<T>(grad_inputs) + (b + 1) * grad_inputs.shape[1] * channels : nullptr;
       for (int64_t s = loop.scales - 1; s >= 0; --s) {
         if (input && s + 1 < grids.shape[0]) {
           input -= loop.grid(s + 1).cells() * channels;
-          resample_transposed(kArea, input, size, loop.grid(s + 1), channels, step, rest);
-          for (int64_t i = 0; i < loop.map(); ++i) grad[i] += step[i];
+          add_pool_transposed(loop.area(s + 1), input, channels, grad, rest);
         }
         const int64_t cells = loop.grid(s).cells();
         at -= cells;
@@ -108,8 +132,8 @@ static Error backward(const View& indices, const View& code_rows, const View& co
         if (dropped(data<int64_t>(indices) + at, cells))
           memset(rows, 0, cells * channels * sizeof(T));
         else
-          code_step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, phi_share, phi_share + kernels,
-                               rest);
+          step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, phi_share, phi_share + kernels, rest,
+                          chunks > 1 ? 1 : threads);
       }
     }
   }
@@ -121,14 +145,15 @@ static Error backward(const View& indices, const View& code_rows, const View& co
 
 Error multiscale_decode_backward(View indices, View code_rows, View code_norms, View grad_map, View grad_inputs,
                                  Tables tables, View grids, int64_t height, int64_t width, View phi,
-                                 View phi_transposed, View bias, double ratio, View spare, View gaps, View partial_phi,
-                                 View order, View starts, View grad_codebook, View grad_phi, int threads) noexcept {
+                                 View phi_transposed, View bias, double ratio, int64_t chunks, View bands, View spare,
+                                 View gaps, View partial_phi, View order, View starts, View grad_codebook,
+                                 View grad_phi, int threads) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(code_rows, 3) || !dense(grad_codebook, 2))
     return "multiscale_decode_backward: wanted contiguous indices [B, L], code_rows [B, L, C], grad_codebook [K, C]";
   const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
   return of_type(indices, code_rows, code_norms, grad_map, grad_inputs, tables, grids, {height, width}, phi,
-                 phi_transposed, bias, ratio, spare, gaps, partial_phi, order, starts, grad_codebook, grad_phi,
-                 threads);
+                 phi_transposed, bias, ratio, chunks, bands, spare, gaps, partial_phi, order, starts, grad_codebook,
+                 grad_phi, threads);
 }
 
 TOKENFLOW_END

@@ -1,10 +1,13 @@
 // multiscale_quantize: residual quantization over a list of grids, the whole loop in one call.
 //   r = x;  each scale: rows = Down r,  ids = nearest codes,  step = phi_s(Up codes),  f += step,  r -= step
 //   loss = loss_weight * mean over scales of mean((code - y)^2), or of mean((f - x)^2) where `accumulated`
-// Layout: r and f stay channels last, [B, H W, C]; the codebook is packed once for all scales. Search runs over rows of
-// all images at once, everything else image by image. Bytes moved per row: 3 C of codes and rows, plus 16 C H W / (h w)
-// for the two resamplings. Source: tokenflow.md 1.5 (codes), VAR's loss (accumulated).
-#include "cpu/multiscale.h"
+// Layout: r and f stay channels last, [B, H W, C]; the codebook is packed once for all scales. A scale is two sweeps:
+// search over the rows of all images with gather and the error of the code in its tail, then image by image (or, where
+// there are fewer images than threads, part by part) the step into f and out of r and the next scale's rows.
+// Since r = x - f, the error of the accumulated map is |r|^2. What backward reads is written only where it is wanted.
+// Bytes moved per row: 3 C of codes and rows, plus 16 C H W / (h w) for the two resamplings.
+// Source: tokenflow.md 1.5 (codes), VAR's loss (accumulated).
+#include "cpu/multiscale_step.h"
 #include "cpu/search.h"
 
 TOKENFLOW_BEGIN
@@ -13,39 +16,54 @@ template <class T>
 struct Call {
   Loop<T> loop;
   bool accumulated;
-  int64_t chunks;
   int threads;
   T *residual, *sum;                 // [B, H W, C]
-  T *staged, *spare;                 // [B max(h w), C], [J, 3, H W, C]
-  T *rows, *code_rows, *code_norms;  // [B, L, C], [B, L, C], [B, L, T]
+  T *searched, *staged;              // [B max(h w), C]: y, and its staged copy, which makes room for the code
+  View spare;                        // [threads, 3 pieces]
+  T *rows, *code_rows, *code_norms;  // [B, L, C], [B, L, C], [B, L, T], or null
   int64_t* indices;                  // [B, L]
-  double* partial;                   // [S, B]
-  View features;
+  double* partial;                   // [B max(h w, H)]: errors of rows, or of map rows
 };
 
-// rows = Down r for every image; a row that is not finite becomes NaN. Staged for the search. Counts those rows.
+// Some rows of one image's Down r: searched, staged and kept; a row that is not finite becomes NaN. Counts those.
 template <class T>
-static int64_t pool(const Call<T>& call, int64_t s, int64_t offset) {
+static int64_t pool(const Call<T>& call, int64_t s, int64_t offset, Part part) {
   const Loop<T>& loop = call.loop;
-  const int64_t cells = loop.grid(s).cells(), channels = loop.channels;
+  const Axes<T> area = loop.area(s);
+  const int64_t width = area.out.w, channels = loop.channels;
   int64_t bad = 0;
-#pragma omp parallel for num_threads(call.threads) schedule(static) reduction(+ : bad) if (call.chunks > 1)
-  for (int64_t j = 0; j < call.chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, call.chunks, j);
-    for (int64_t b = chunk.first; b < chunk.last; ++b) {
-      T* rows = call.rows + (b * loop.length + offset) * channels;
-      T* staged = call.staged + b * cells * channels;
-      resample(kArea, call.residual + b * loop.map(), loop.size, loop.grid(s), channels, rows,
-               call.spare + 3 * j * loop.map());
-      memcpy(staged, rows, cells * channels * sizeof(T));
-      for (int64_t r = 0; r < cells; ++r) {
-        if (stage(loop.tables, staged + r * channels, staged + r * channels)) continue;
-        fill_nan(rows + r * channels, channels);
-        ++bad;
-      }
+  for (int64_t i = part.first; i < part.last; ++i) {
+    const int64_t at = (part.image * area.out.h + i) * width;
+    T* row = call.searched + at * channels;
+    pool_row(area, call.residual + part.image * loop.map(), channels, i, row, own(loop, call.spare, 3));
+    T* kept = call.rows ? call.rows + (part.image * loop.length + offset + i * width) * channels : nullptr;
+    if (kept) memcpy(kept, row, width * channels * sizeof(T));
+    for (int64_t j = 0; j < width; ++j, row += channels) {
+      if (stage(loop.tables, row, call.staged + (at + j) * channels)) continue;
+      fill_nan(row, channels);
+      if (kept) fill_nan(kept + j * channels, channels);
+      ++bad;
     }
   }
   return bad;
+}
+
+// Row n of scale s has its id: the code, its norms and its error |code - y|^2. A NaN row gets id 0, NaN and no error.
+template <class T>
+static void finish_row(const Call<T>& call, int64_t s, int64_t offset, int64_t n, int64_t id) {
+  const Loop<T>& loop = call.loop;
+  const int64_t cells = loop.grid(s).cells(), channels = loop.channels;
+  const int64_t at = n / cells * loop.length + offset + n % cells;
+  const T* y = call.searched + n * channels;
+  T* code = call.code_rows ? call.code_rows + at * channels : call.staged + n * channels;
+  T* norms = call.code_norms ? call.code_norms + at * loop.tables.count : nullptr;
+  const bool good = y[0] == y[0];
+  call.indices[at] = good ? id : 0;
+  gather(loop, good ? id : -1, code, norms);
+  if (call.accumulated) return;
+  T square = 0;
+  for (int64_t d = 0; good && d < channels; ++d) square += (code[d] - y[d]) * (code[d] - y[d]);
+  call.partial[n] = code[0] == code[0] ? square : 0;
 }
 
 // ids of the staged rows of one scale.
@@ -61,167 +79,131 @@ static void search_scale(const Call<T>& call, const Packed<T>& packed, int64_t s
     Best<T> best[kRowBlock];
     const int64_t first = i * block, count = rows - first < block ? rows - first : block;
     search(call.staged + first * loop.channels, count, packed, best);
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t b = (first + r) / cells, at = b * loop.length + offset + (first + r) % cells;
-      const T first_channel = call.rows[at * loop.channels];
-      call.indices[at] = first_channel == first_channel ? best[r].id : 0;
-    }
+    for (int64_t r = 0; r < count; ++r) finish_row(call, s, offset, first + r, best[r].id);
   }
 }
 
-// sum over the rows of |code - y|^2, rows with NaN left out.
+// sum of |x|^2 over pixels [n, C], those with NaN left out.
 template <class T>
-static double code_error(const Call<T>& call, const T* rows, const T* codes, int64_t cells, T* y) {
-  const Loop<T>& loop = call.loop;
+static double squares(const T* x, int64_t n, int64_t channels) {
   double sum = 0;
-  for (int64_t r = 0; r < cells; ++r) {
-    const T* code = codes + r * loop.channels;
-    if (!(code[0] == code[0])) continue;
-    memcpy(y, rows + r * loop.channels, loop.channels * sizeof(T));
-    if (loop.tables.unit) make_unit<T>(loop.tables, y, nullptr);
+  for (const T* end = x + n * channels; x < end; x += channels) {
+    if (!all_finite(x, channels)) continue;
     T square = 0;
-    for (int64_t d = 0; d < loop.channels; ++d) square += (code[d] - y[d]) * (code[d] - y[d]);
+    for (int64_t d = 0; d < channels; ++d) square += x[d] * x[d];
     sum += square;
   }
   return sum;
 }
 
-// sum over the pixels of |f - x|^2, pixels with NaN left out; x [H W, C] and plane are spare.
+// Some map rows of one image: the step of scale s into f and out of r.
 template <class T>
-static double map_error(const Call<T>& call, int64_t b, T* x, T* plane) {
+static void advance(const Call<T>& call, int64_t s, int64_t offset, Part part) {
   const Loop<T>& loop = call.loop;
-  const T* sum = call.sum + b * loop.map();
-  load_map(call.features, b, loop.channels, loop.size.cells(), x, plane);
-  double total = 0;
-  for (int64_t p = 0; p < loop.size.cells(); ++p) {
-    T* gap = x + p * loop.channels;
-    for (int64_t d = 0; d < loop.channels; ++d) gap[d] = sum[p * loop.channels + d] - gap[d];
-    if (!all_finite(gap, loop.channels)) continue;
-    T square = 0;
-    for (int64_t d = 0; d < loop.channels; ++d) square += gap[d] * gap[d];
-    total += square;
-  }
-  return total;
-}
-
-// codes of one scale, their step into f and out of r, and the scale's share of the loss.
-template <class T>
-static void advance(const Call<T>& call, int64_t s, int64_t offset) {
-  const Loop<T>& loop = call.loop;
-  const int64_t cells = loop.grid(s).cells(), channels = loop.channels;
-#pragma omp parallel for num_threads(call.threads) schedule(static) if (call.chunks > 1)
-  for (int64_t j = 0; j < call.chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, call.chunks, j);
-    T* step = call.spare + 3 * j * loop.map();
-    T* spare = step + loop.map();
-    for (int64_t b = chunk.first; b < chunk.last; ++b) {
-      const int64_t at = b * loop.length + offset;
-      const T* rows = call.rows + at * channels;
-      T* codes = call.code_rows + at * channels;
-      for (int64_t r = 0; r < cells; ++r) {
-        gather(loop, call.indices[at + r], codes + r * channels, call.code_norms + (at + r) * loop.tables.count);
-        if (!(rows[r * channels] == rows[r * channels])) fill_nan(codes + r * channels, channels);
-      }
-      if (!call.accumulated) call.partial[s * loop.batch + b] = code_error(call, rows, codes, cells, step);
-      code_step(loop, s, codes, step, spare);
-      T* sum = call.sum + b * loop.map();
-      T* residual = call.residual + b * loop.map();
-      for (int64_t i = 0; i < loop.map(); ++i) {
-        sum[i] += step[i];
-        residual[i] -= step[i];
-      }
-      if (call.accumulated) call.partial[s * loop.batch + b] = map_error(call, b, step, spare);
-    }
+  const int64_t cells = loop.grid(s).cells(), width = loop.width();
+  T* spare = own(loop, call.spare, 3);
+  T* row = spare + 2 * piece(loop);
+  const Step<T> step(loop, s, spare);
+  step.begin(call.code_rows ? call.code_rows + (part.image * loop.length + offset) * loop.channels
+                            : call.staged + part.image * cells * loop.channels,
+             part.first, part.last);
+  for (int64_t y = part.first; y < part.last; ++y) {
+    step.row(y, row);
+    const int64_t at = part.image * loop.size.h + y;
+    T* residual = call.residual + at * width;
+    add(row, width, call.sum + at * width);
+    subtract(row, width, residual);
+    if (call.accumulated) call.partial[at] = squares(residual, loop.size.w, loop.channels);
   }
 }
 
 template <class T>
-static void forward(const Call<T>& call, double loss_weight, const View& packed_view, const View& quantized,
-                    const View& loss, const View& status) {
+static void forward(const Call<T>& call, double loss_weight, const View& features, const View& packed_view,
+                    const View& quantized, const View& loss, const View& status) {
   const Loop<T>& loop = call.loop;
-  const int64_t pixels = loop.size.cells();
+  const int64_t batch = loop.batch, channels = loop.channels, pixels = loop.size.cells();
   const Packed<T> packed =
-      pack(loop.codebook, 0, loop.codes, loop.channels, loop.tables, data<T>(packed_view), call.threads);
-#pragma omp parallel for num_threads(call.threads) schedule(static) if (call.chunks > 1)
-  for (int64_t j = 0; j < call.chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, call.chunks, j);
-    for (int64_t b = chunk.first; b < chunk.last; ++b) {
-      load_map(call.features, b, loop.channels, pixels, call.residual + b * loop.map(),
-               call.spare + 3 * j * loop.map());
-      memset(call.sum + b * loop.map(), 0, loop.map() * sizeof(T));
-    }
-  }
+      pack(loop.codebook, 0, loop.codes, channels, loop.tables, data<T>(packed_view), call.threads);
+  fill_bands(loop, loop.scales);
+  for_parts(batch, 1, 2 * loop.map(), call.threads, [&](Part part) {
+    load_map(features, part.image, channels, pixels, call.residual + part.image * loop.map());
+    memset(call.sum + part.image * loop.map(), 0, loop.map() * sizeof(T));
+  });
   int64_t offset = 0, bad = 0;
   double total = 0;
   for (int64_t s = 0; s < loop.scales; ++s) {
-    bad += pool(call, s, offset);
+    const Grid grid = loop.grid(s);
+    for_parts(batch, grid.h, 2 * loop.map(), call.threads, [&](Part part) {
+      const int64_t here = pool(call, s, offset, part);
+#pragma omp atomic
+      bad += here;
+    });
     search_scale(call, packed, s, offset);
-    advance(call, s, offset);
+    for_parts(batch, loop.size.h, loop.step_products(), call.threads,
+              [&](Part part) { advance(call, s, offset, part); });
+    const int64_t rows = batch * (call.accumulated ? loop.size.h : grid.cells());
     double sum = 0;
-    for (int64_t b = 0; b < loop.batch; ++b) sum += call.partial[s * loop.batch + b];
-    const int64_t rows = loop.batch * (call.accumulated ? pixels : loop.grid(s).cells());
-    if (rows) total += sum / static_cast<double>(rows * loop.channels);
-    offset += loop.grid(s).cells();
+    for (int64_t i = 0; i < rows; ++i) sum += call.partial[i];
+    const int64_t numbers = batch * channels * (call.accumulated ? pixels : grid.cells());
+    if (numbers) total += sum / static_cast<double>(numbers);
+    offset += grid.cells();
   }
-#pragma omp parallel for num_threads(call.threads) schedule(static) if (call.chunks > 1)
-  for (int64_t j = 0; j < call.chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, call.chunks, j);
-    for (int64_t b = chunk.first; b < chunk.last; ++b)
-      store_map(quantized, b, loop.channels, pixels, call.sum + b * loop.map(), call.spare + 3 * j * loop.map());
-  }
+  for_parts(batch, 1, 2 * loop.map(), call.threads,
+            [&](Part part) { store_map(quantized, part.image, channels, pixels, call.sum + part.image * loop.map()); });
   data<T>(loss)[0] = static_cast<T>(loss_weight * total / static_cast<double>(loop.scales));
   data<int64_t>(status)[0] = bad;
 }
 
 template <class T>
 static Error run(const View& features, const View& codebook, const Tables& tables, const View& grids, const View& phi,
-                 const View& bias, double ratio, bool accumulated, double loss_weight, const View& packed,
-                 const View& maps, const View& staged, const View& spare, const View& partial, const View& quantized,
-                 const View& indices, const View& loss, const View& rows, const View& code_rows, const View& code_norms,
-                 const View& status, int threads) {
+                 const View& bias, double ratio, bool accumulated, double loss_weight, const View& bands,
+                 const View& packed, const View& maps, const View& staged, const View& spare, const View& partial,
+                 const View& quantized, const View& indices, const View& loss, const View& rows, const View& code_rows,
+                 const View& code_norms, const View& status, int threads) {
   Call<T> call = {};
   const Grid size = {features.shape[2], features.shape[3]};
   if (const Error error = make_loop(features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids,
-                                    size, phi, View{nullptr, kNone}, bias, ratio, &call.loop))
+                                    size, phi, View{nullptr, kNone}, bias, ratio, bands, &call.loop))
     return error;
   const Loop<T>& loop = call.loop;
   const Type real = type_of<T>();
   const int64_t images = loop.batch * loop.map(), numbers = loop.batch * loop.length * loop.channels;
   int64_t largest = 0;
   for (int64_t s = 0; s < loop.scales; ++s) largest = loop.grid(s).cells() > largest ? loop.grid(s).cells() : largest;
-  if (!holds_spare(loop, spare, 3) || !holds_codes(loop, code_rows, code_norms) || !holds(rows, real, numbers) ||
+  const int64_t errors = loop.batch * (largest > size.h ? largest : size.h);
+  if (!holds_spare(loop, spare, 3, threads) || (rows.type != kNone && !holds(rows, real, numbers)) ||
+      (code_rows.type != kNone && !holds_codes(loop, code_rows, code_norms)) ||
       !holds(quantized, features.type, images) || !holds(loss, real, 1) || !holds(status, kInt64, 1) ||
       !holds(packed, real, panels_of(loop.codes) * kPanel * (loop.channels + 1)) || !holds(maps, real, 2 * images) ||
-      !holds(staged, real, loop.batch * largest * loop.channels) || !holds(partial, kFloat64, loop.scales * loop.batch))
+      !holds(staged, real, 2 * loop.batch * largest * loop.channels) || !holds(partial, kFloat64, errors))
     return "multiscale_quantize: wanted outputs and workspace that fit the maps";
   call.accumulated = accumulated;
-  call.chunks = spare.shape[0];
   call.threads = threads;
   call.residual = data<T>(maps);
-  call.sum = call.residual + call.loop.batch * call.loop.map();
-  call.staged = data<T>(staged);
-  call.spare = data<T>(spare);
+  call.sum = call.residual + images;
+  call.searched = data<T>(staged);
+  call.staged = call.searched + loop.batch * largest * loop.channels;
+  call.spare = spare;
   call.rows = data<T>(rows);
   call.code_rows = data<T>(code_rows);
   call.code_norms = data<T>(code_norms);
   call.indices = data<int64_t>(indices);
   call.partial = data<double>(partial);
-  call.features = features;
-  forward(call, loss_weight, packed, quantized, loss, status);
+  forward(call, loss_weight, features, packed, quantized, loss, status);
   return nullptr;
 }
 
 Error multiscale_quantize(View features, View codebook, Tables tables, View grids, View phi, View bias, double ratio,
-                          bool accumulated, double loss_weight, View packed, View maps, View staged, View spare,
-                          View partial, View quantized, View indices, View loss, View rows, View code_rows,
+                          bool accumulated, double loss_weight, View bands, View packed, View maps, View staged,
+                          View spare, View partial, View quantized, View indices, View loss, View rows, View code_rows,
                           View code_norms, View status, int threads) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
       indices.shape[0] != features.shape[0])
     return "multiscale_quantize: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   if (!dense(codebook, 2)) return "multiscale_quantize: codebook: wanted contiguous [K, C]";
   const auto of_type = codebook.type == kFloat64 ? run<double> : run<float>;
-  return of_type(features, codebook, tables, grids, phi, bias, ratio, accumulated, loss_weight, packed, maps, staged,
-                 spare, partial, quantized, indices, loss, rows, code_rows, code_norms, status, threads);
+  return of_type(features, codebook, tables, grids, phi, bias, ratio, accumulated, loss_weight, bands, packed, maps,
+                 staged, spare, partial, quantized, indices, loss, rows, code_rows, code_norms, status, threads);
 }
 
 TOKENFLOW_END

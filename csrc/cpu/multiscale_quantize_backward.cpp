@@ -5,7 +5,7 @@
 //   N),
 //                and dstep_s goes through phi_s and Up_s^T to the codes and to phi
 // `quantized` sends nothing to codebooks or phi. Rows and pixels with NaN are left out. Codes are summed in row order.
-#include "cpu/multiscale.h"
+#include "cpu/multiscale_step.h"
 
 TOKENFLOW_BEGIN
 
@@ -16,48 +16,47 @@ struct Backward {
   View features, grad_quantized, grad_features;
   double loss_scale;  // 2 grad_loss / S
   double commitment, codebook;
-  T* gaps;  // [B, L, C]: gradients of the gathered codes
+  T* gaps;      // [B, L, C]: gradients of the gathered codes
+  int threads;  // inside an image
 };
 
-// touched [H W] is NaN where a row with NaN reaches the map of image b. False where no row does. spare [3, H W].
+// grad [H W, C] is cleared where a row with NaN reaches the map of image b. spare [3, H W].
 template <class T>
-static bool mark_touched(const Backward<T>& call, int64_t b, T* touched, T* spare) {
+static void clear_touched(const Backward<T>& call, int64_t b, T* grad, T* spare) {
   const Loop<T>& loop = call.loop;
   const int64_t pixels = loop.size.cells();
-  T *marks = spare + pixels, *reached = marks + pixels;
-  bool any = false;
+  T *marks = spare, *across = marks + pixels, *reached = across + pixels;
   const T* row = call.rows + b * loop.length * loop.channels;
-  memset(touched, 0, pixels * sizeof(T));
   for (int64_t s = 0; s < loop.scales; ++s) {
     // One channel that is NaN where the row is, 0 elsewhere, upsampled like the codes.
+    const Axes<T> bicubic = loop.bicubic(s);
     bool here = false;
-    for (int64_t r = 0; r < loop.grid(s).cells(); ++r, row += loop.channels) {
+    for (int64_t r = 0; r < bicubic.in.cells(); ++r, row += loop.channels) {
       marks[r] = row[0] == row[0] ? 0 : row[0];
       here |= row[0] != row[0];
     }
     if (!here) continue;
-    any = true;
-    resample(kBicubic, marks, loop.grid(s), loop.size, 1, reached, spare);
-    for (int64_t p = 0; p < pixels; ++p) touched[p] += reached[p];
+    widen(bicubic, marks, 1, 0, loop.size.h, across);
+    for (int64_t y = 0; y < loop.size.h; ++y) {
+      blend(bicubic.rows[y], across, loop.size.w, loop.size.w, reached);
+      for (int64_t x = 0; x < loop.size.w; ++x)
+        if (reached[x] != reached[x])
+          memset(grad + (y * loop.size.w + x) * loop.channels, 0, loop.channels * sizeof(T));
+    }
   }
-  return any;
 }
 
-// Image b, loss on codes. spare [7, H W, C].
+// Image b, loss on codes. spare: 5 pieces.
 template <class T>
 static void image_on_codes(const Backward<T>& call, int64_t b, T* spare) {
   const Loop<T>& loop = call.loop;
   const int64_t channels = loop.channels, pixels = loop.size.cells();
-  T *grad = spare, *total = grad + loop.map(), *grad_rows = total + loop.map(), *grad_map = grad_rows + loop.map();
-  T* rest = grad_map + loop.map();
+  T *grad = spare, *total = grad + piece(loop), *grad_rows = total + piece(loop), *rest = grad_rows + piece(loop);
   memset(total, 0, loop.map() * sizeof(T));
   const bool passed = call.grad_quantized.data != nullptr;
   if (passed) {
-    load_map(call.grad_quantized, b, channels, pixels, grad, rest);
-    T* touched = grad_map;
-    if (mark_touched(call, b, touched, rest))
-      for (int64_t p = 0; p < pixels; ++p)
-        if (touched[p] != touched[p]) memset(grad + p * channels, 0, channels * sizeof(T));
+    load_map(call.grad_quantized, b, channels, pixels, grad);
+    clear_touched(call, b, grad, rest);
   }
   int64_t at = b * loop.length;
   for (int64_t s = 0; s < loop.scales; ++s) {
@@ -65,7 +64,7 @@ static void image_on_codes(const Backward<T>& call, int64_t b, T* spare) {
     const double scale = call.loss_scale / static_cast<double>(loop.batch * cells * channels);
     const T to_row = static_cast<T>(scale * call.commitment), to_code = static_cast<T>(scale * call.codebook);
     if (passed)
-      resample_transposed(kBicubic, grad, loop.grid(s), loop.size, channels, grad_rows, rest);
+      up_transposed(loop.bicubic(s), grad, channels, grad_rows, rest);
     else
       memset(grad_rows, 0, cells * channels * sizeof(T));
     for (int64_t r = 0; r < cells; ++r) {
@@ -84,73 +83,74 @@ static void image_on_codes(const Backward<T>& call, int64_t b, T* spare) {
       if (loop.tables.unit) through_unit(loop.tables, y, norms, g);
       for (int64_t d = 0; d < channels; ++d) y[d] = to_code * (code[d] - y[d]);
     }
-    resample_transposed(kArea, grad_rows, loop.size, loop.grid(s), channels, grad_map, rest);
-    for (int64_t i = 0; i < loop.map(); ++i) total[i] += grad_map[i];
+    add_pool_transposed(loop.area(s), grad_rows, channels, total, rest);
     at += cells;
   }
-  if (call.grad_features.data) store_map(call.grad_features, b, channels, pixels, total, rest);
+  if (call.grad_features.data) store_map(call.grad_features, b, channels, pixels, total);
 }
 
-// Image b, loss on accumulated maps. spare [5, H W, C] and map_gaps [S, H W, C] are scratch.
+// Image b, loss on accumulated maps, whose gaps f_s - x are the negated residuals. spare: 5 + S pieces.
 template <class T>
-static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* map_gaps, T* grad_phi, T* grad_bias) {
+static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* grad_phi, T* grad_bias) {
   const Loop<T>& loop = call.loop;
-  const int64_t channels = loop.channels, pixels = loop.size.cells();
+  const int64_t channels = loop.channels, width = loop.width();
   const double scale = call.loss_scale / static_cast<double>(loop.batch * loop.map());
   const T to_row = static_cast<T>(scale * call.commitment), to_code = static_cast<T>(scale * call.codebook);
-  T *x = spare, *sum = x + loop.map(), *step = sum + loop.map(), *rest = step + loop.map();
-  load_map(call.features, b, channels, pixels, x, rest);
-  memset(sum, 0, loop.map() * sizeof(T));
+  T *grad = spare + 3 * piece(loop), *grad_step = grad + piece(loop), *residuals = grad_step + piece(loop);
+  load_map(call.features, b, channels, loop.size.cells(), grad);
   int64_t at = b * loop.length;
   for (int64_t s = 0; s < loop.scales; ++s) {
-    code_step(loop, s, call.code_rows + at * channels, step, rest);
-    T* gap = map_gaps + s * loop.map();
-    for (int64_t i = 0; i < loop.map(); ++i) {
-      sum[i] += step[i];
-      gap[i] = sum[i] - x[i];
+    const Step<T> step(loop, s, spare);
+    step.begin(call.code_rows + at * channels, 0, loop.size.h);
+    const T* before = s > 0 ? residuals + (s - 1) * piece(loop) : grad;
+    T* after = residuals + s * piece(loop);
+#pragma omp parallel for num_threads(call.threads) schedule(static) if (call.threads > 1)
+    for (int64_t y = 0; y < loop.size.h; ++y) {
+      step.row(y, after + y * width);
+      for (int64_t i = y * width; i < (y + 1) * width; ++i) after[i] = before[i] - after[i];
     }
-    for (int64_t p = 0; p < pixels; ++p)
-      if (!all_finite(gap + p * channels, channels)) memset(gap + p * channels, 0, channels * sizeof(T));
     at += loop.grid(s).cells();
   }
-  T* grad = x;  // x is spent
   if (call.grad_quantized.data)
-    load_map(call.grad_quantized, b, channels, pixels, grad, rest);
+    load_map(call.grad_quantized, b, channels, loop.size.cells(), grad);
   else
     memset(grad, 0, loop.map() * sizeof(T));
+  const T* last = residuals + (loop.scales - 1) * piece(loop);
   for (int64_t i = 0; i < loop.map(); ++i)
-    if (sum[i] != sum[i]) grad[i] = 0;
-  T* grad_step = sum;  // and so is the sum
+    if (!finite(last[i])) grad[i] = 0;
   memset(grad_step, 0, loop.map() * sizeof(T));
   for (int64_t s = loop.scales - 1; s >= 0; --s) {
-    const T* gap = map_gaps + s * loop.map();
+    const T* residual = residuals + s * piece(loop);
     const int64_t cells = loop.grid(s).cells();
     at -= cells;
-    for (int64_t i = 0; i < loop.map(); ++i) {
-      grad[i] -= to_row * gap[i];
-      grad_step[i] += to_code * gap[i];
+    for (int64_t p = 0; p < loop.map(); p += channels) {
+      if (!all_finite(residual + p, channels)) continue;
+      for (int64_t i = p; i < p + channels; ++i) {
+        grad[i] += to_row * residual[i];
+        grad_step[i] -= to_code * residual[i];
+      }
     }
     T* rows = call.gaps + at * channels;
-    code_step_transposed(loop, s, call.code_rows + at * channels, grad_step, rows, grad_phi, grad_bias, rest);
+    step_transposed(loop, s, call.code_rows + at * channels, grad_step, rows, grad_phi, grad_bias, spare, call.threads);
     for (int64_t r = 0; r < cells; ++r) {
       const T* code = call.code_rows + (at + r) * channels;
       if (!(code[0] == code[0])) memset(rows + r * channels, 0, channels * sizeof(T));
     }
   }
-  if (call.grad_features.data) store_map(call.grad_features, b, channels, pixels, grad, rest);
+  if (call.grad_features.data) store_map(call.grad_features, b, channels, loop.size.cells(), grad);
 }
 
 template <class T>
 static Error run(const View& features, const View& indices, const View& rows, const View& code_rows,
                  const View& code_norms, const View& grad_quantized, const View& grad_loss, const Tables& tables,
                  const View& grids, const View& phi, const View& phi_transposed, const View& bias, double ratio,
-                 bool accumulated, double commitment_weight, double codebook_weight, const View& spare,
-                 const View& gaps, const View& partial_phi, const View& order, const View& starts,
+                 bool accumulated, double commitment_weight, double codebook_weight, int64_t chunks, const View& bands,
+                 const View& spare, const View& gaps, const View& partial_phi, const View& order, const View& starts,
                  const View& grad_features, const View& grad_codebook, const View& grad_phi, int threads) {
   Backward<T> call = {};
   const Grid size = {features.shape[2], features.shape[3]};
   if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, features.shape[1], tables, grids,
-                                    size, phi, phi_transposed, bias, ratio, &call.loop))
+                                    size, phi, phi_transposed, bias, ratio, bands, &call.loop))
     return error;
   const Loop<T>& loop = call.loop;
   call.rows = data<T>(rows);
@@ -162,11 +162,12 @@ static Error run(const View& features, const View& indices, const View& rows, co
   call.commitment = commitment_weight;
   call.codebook = codebook_weight;
   call.gaps = data<T>(gaps);
-  const int64_t chunks = spare.shape[0], kernels = phi.data ? phi.shape[0] * loop.kernel() : 0;
+  call.threads = chunks > 1 ? 1 : threads;
+  const int64_t kernels = phi.data ? phi.shape[0] * 9 * loop.channels * loop.channels : 0;
   const int64_t numbers = phi.data ? kernels + phi.shape[0] * loop.channels : 0;
   const Type real = type_of<T>();
-  const int64_t images = loop.batch * loop.map();
-  if (!holds_spare(loop, spare, accumulated ? 5 + loop.scales : 7) || !holds_codes(loop, code_rows, code_norms) ||
+  const int64_t images = loop.batch * loop.map(), pieces = accumulated ? 5 + loop.scales : 5;
+  if (chunks < 1 || !holds_spare(loop, spare, pieces, threads) || !holds_codes(loop, code_rows, code_norms) ||
       !holds_gradients(loop, gaps, order, starts, grad_codebook, partial_phi, grad_phi, chunks, numbers) ||
       !holds(rows, real, loop.batch * loop.length * loop.channels) ||
       (grad_quantized.type != kNone &&
@@ -175,15 +176,16 @@ static Error run(const View& features, const View& indices, const View& rows, co
       (grad_features.type != kNone && !holds(grad_features, features.type, images)))
     return "multiscale_quantize_backward: wanted gradients and workspace that fit the maps";
   call.loss_scale = grad_loss.data ? 2.0 * data<T>(grad_loss)[0] / static_cast<double>(loop.scales) : 0;
+  fill_bands(loop, loop.scales);
 #pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* scratch = data<T>(spare) + j * spare.shape[1] * loop.map();
+    T* scratch = own(loop, spare, pieces);
     T* phi_share = numbers ? data<T>(partial_phi) + j * numbers : nullptr;
     if (numbers) memset(phi_share, 0, numbers * sizeof(T));
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
       if (accumulated)
-        image_on_maps(call, b, scratch, scratch + 5 * loop.map(), phi_share, phi_share + kernels);
+        image_on_maps(call, b, scratch, phi_share, phi_share + kernels);
       else
         image_on_codes(call, b, scratch);
     }
@@ -198,16 +200,16 @@ static Error run(const View& features, const View& indices, const View& rows, co
 Error multiscale_quantize_backward(View features, View indices, View rows, View code_rows, View code_norms,
                                    View grad_quantized, View grad_loss, Tables tables, View grids, View phi,
                                    View phi_transposed, View bias, double ratio, bool accumulated,
-                                   double commitment_weight, double codebook_weight, View spare, View gaps,
-                                   View partial_phi, View order, View starts, View grad_features, View grad_codebook,
-                                   View grad_phi, int threads) noexcept {
+                                   double commitment_weight, double codebook_weight, int64_t chunks, View bands,
+                                   View spare, View gaps, View partial_phi, View order, View starts, View grad_features,
+                                   View grad_codebook, View grad_phi, int threads) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
       indices.shape[0] != features.shape[0])
     return "multiscale_quantize_backward: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   const auto of_type = rows.type == kFloat64 ? run<double> : run<float>;
   return of_type(features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, tables, grids, phi,
-                 phi_transposed, bias, ratio, accumulated, commitment_weight, codebook_weight, spare, gaps, partial_phi,
-                 order, starts, grad_features, grad_codebook, grad_phi, threads);
+                 phi_transposed, bias, ratio, accumulated, commitment_weight, codebook_weight, chunks, bands, spare,
+                 gaps, partial_phi, order, starts, grad_features, grad_codebook, grad_phi, threads);
 }
 
 TOKENFLOW_END

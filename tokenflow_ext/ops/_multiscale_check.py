@@ -27,7 +27,8 @@ class Setup(NamedTuple):
 
     def codebook(self, codebooks) -> torch.Tensor:
         """The tables side by side, [K, C], in the type that is computed in."""
-        return torch.cat([c.to(self.dtype) for c in codebooks], dim=-1)
+        tables = [c.to(self.dtype) for c in codebooks]
+        return torch.cat(tables, dim=-1) if len(tables) > 1 else tables[0]
 
     def phi_tensors(self) -> tuple:
         """(weight, bias, ratio) in the type that is computed in, (None, None, 0.0) where there is no phi."""

@@ -1,8 +1,8 @@
 """What the registrations of the multi-scale operators share.
 
 Grids travel as a flat list (h, w, row of phi) a scale; several tables as one codebook [K, C] split by widths; phi as
-weight [P, C, C, 3, 3] and bias [P, C], or None twice. Images fall into at most 32 chunks with scratch of their own, a
-number that does not depend on the thread count, and so neither do sums over images.
+weight [P, C, C, 3, 3] and bias [P, C], or None twice. Images fall into at most 32 chunks whose sums are added in order, a
+number that does not depend on the thread count; scratch belongs to a thread.
 """
 
 import torch
@@ -23,12 +23,34 @@ def grid_rows(grids) -> torch.Tensor:
     return torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
 
 
-def kernels_of(weight, *, transposed: bool):
-    """phi's weight as [P, 9, in, out], or [P, 9, out, in] where transposed; None where there is no phi."""
+def pieces(like, count: int, size, threads: int):
+    """Scratch of the kernels: for each thread so many padded maps of `size` (h, w) and what registers read beyond them."""
+    (height, width), channels = size, like.shape[-1]
+    return like.new_empty((threads, count, (height + 1) * (width + 2) * channels + 64))
+
+
+def band_space(like, grids, size):
+    """Room for the resampling weights of every scale."""
+    return like.new_empty((len(grids) // 3, 2 * sum(size), 6))
+
+
+def _padded(x):
+    """x [..., C] with zeros up to a multiple of 16, contiguous: whole registers of any instruction set."""
+    out = x.new_zeros((*x.shape[:-1], -(-x.shape[-1] // 16) * 16))
+    out[..., : x.shape[-1]] = x
+    return out
+
+
+def kernels_of(weight, bias):
+    """phi as the kernels read it: weight [P, 9, in, D] and bias [P, D], D = C padded; None twice where there is no phi."""
     if weight is None:
-        return None
-    order = (0, 3, 4, 1, 2) if transposed else (0, 3, 4, 2, 1)
-    return weight.permute(order).reshape(weight.shape[0], 9, *weight.shape[1:3]).contiguous()
+        return None, None
+    return _padded(weight.permute(0, 3, 4, 2, 1).flatten(1, 2)), _padded(bias)
+
+
+def turned_kernels_of(weight):
+    """The kernels of phi's transpose, [P, 9, out, D], taps turned around; None where there is no phi."""
+    return None if weight is None else _padded(weight.permute(0, 3, 4, 1, 2).flatten(1, 2).flip(1))
 
 
 def phi_numbers(weight) -> int:

@@ -3,15 +3,18 @@
 import torch
 
 from tokenflow_ext.ops._multiscale_common import (
+    band_space,
     cells_of,
     chunks_of,
     grid_rows,
     kernels_of,
     norms_space,
     phi_numbers,
+    pieces,
     refuse_outside,
     sort_space,
     split_phi,
+    turned_kernels_of,
 )
 from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, view
 from tokenflow_ext.ops.search import tables_of
@@ -23,14 +26,13 @@ def _tables(widths, unit_codes: bool):
 
 def _rows(features, indices, codebook, weight, bias, grids, widths, unit_codes, ratio):
     features, indices, codebook = features.contiguous(), indices.contiguous(), codebook.contiguous()
-    batch, channels, height, width = features.shape
-    kernels, bias = kernels_of(weight, transposed=False), None if bias is None else bias.contiguous()
-    rows, kept = codebook.new_empty((*indices.shape, channels)), codebook.new_empty(indices.shape)
-    spare = codebook.new_empty((chunks_of(batch), 5, height * width, channels))
+    size, workers, (kernels, bias) = features.shape[2:], threads(), kernels_of(weight, bias)
+    rows, kept = codebook.new_empty((*indices.shape, codebook.shape[1])), codebook.new_empty(indices.shape)
+    bands, spare = band_space(codebook, grids, size), pieces(codebook, 5, size, workers)
     status, scales = torch.empty(1, dtype=torch.int64), grid_rows(grids)
     _C.multiscale_rows(
         view(features), view(indices), view(codebook), _tables(widths, unit_codes), view(scales), view(kernels), view(bias),
-        ratio, view(spare), view(rows), view(kept), view(status), threads(),
+        ratio, view(bands), view(spare), view(rows), view(kept), view(status), workers,
     )  # fmt: skip
     refuse_outside("multiscale_rows", status, codebook.shape[0])
     return rows, kept
@@ -44,8 +46,11 @@ def _rows_backward(kept, grad_rows, grids, height, width):
     grad_rows = grad_rows.contiguous()
     batch, _, channels = grad_rows.shape
     grad_features = grad_rows.new_empty((batch, channels, height, width))
-    spare, scales = grad_rows.new_empty((chunks_of(batch), 4, height * width, channels)), grid_rows(grids)
-    _C.multiscale_rows_backward(view(kept), view(grad_rows), view(scales), view(spare), view(grad_features), threads())
+    size, scales, workers = (height, width), grid_rows(grids), threads()
+    bands, spare = band_space(grad_rows, grids, size), pieces(grad_rows, 3, size, workers)
+    _C.multiscale_rows_backward(
+        view(kept), view(grad_rows), view(scales), view(bands), view(spare), view(grad_features), workers
+    )
     return grad_features
 
 
@@ -97,17 +102,17 @@ def _decode_shape(indices, codebook, grids, height, width, as_inputs):
 
 def _decode(indices, codebook, weight, bias, grids, height, width, widths, unit_codes, ratio, as_inputs):
     indices, codebook = indices.contiguous(), codebook.contiguous()
-    channels = codebook.shape[1]
-    kernels, bias = kernels_of(weight, transposed=False), None if bias is None else bias.contiguous()
+    channels, size, workers, (kernels, bias) = codebook.shape[1], (height, width), threads(), kernels_of(weight, bias)
     out = codebook.new_empty(_decode_shape(indices, codebook, grids, height, width, as_inputs))
     code_rows = codebook.new_empty((*indices.shape, channels))
     code_norms = norms_space(codebook, (*indices.shape, len(widths)), unit_codes)
-    spare = codebook.new_empty((chunks_of(indices.shape[0]), 4, height * width, channels))
+    maps = codebook.new_empty((indices.shape[0], height * width, channels))
+    bands, spare = band_space(codebook, grids, size), pieces(codebook, 3, size, workers)
     status, scales = torch.empty(1, dtype=torch.int64), grid_rows(grids)
     _C.multiscale_decode(
         view(indices), view(codebook), _tables(widths, unit_codes), view(scales), height, width, view(kernels), view(bias),
-        ratio, view(spare), view(None if as_inputs else out), view(out if as_inputs else None), view(code_rows),
-        view(code_norms), view(status), threads(),
+        ratio, view(bands), view(maps), view(spare), view(None if as_inputs else out), view(out if as_inputs else None),
+        view(code_rows), view(code_norms), view(status), workers,
     )  # fmt: skip
     refuse_outside("multiscale_inputs" if as_inputs else "multiscale_decode", status, codebook.shape[0])
     return out, code_rows, code_norms
@@ -125,18 +130,18 @@ def _decode_backward(
     indices, code_rows, code_norms, grad, weight, bias, codes, grids, height, width, widths, unit_codes, ratio, as_inputs
 ):  # fmt: skip
     indices, grad = indices.contiguous(), grad.contiguous()
-    channels, chunks = code_rows.shape[2], chunks_of(indices.shape[0])
-    kernels, turned = kernels_of(weight, transposed=False), kernels_of(weight, transposed=True)
-    bias, scales = None if bias is None else bias.contiguous(), grid_rows(grids)
-    spare, gaps = code_rows.new_empty((chunks, 5, height * width, channels)), torch.empty_like(code_rows)
+    channels, chunks, size, workers = code_rows.shape[2], chunks_of(indices.shape[0]), (height, width), threads()
+    (kernels, bias), turned, scales = kernels_of(weight, bias), turned_kernels_of(weight), grid_rows(grids)
+    bands, spare = band_space(code_rows, grids, size), pieces(code_rows, 4, size, workers)
+    gaps = torch.empty_like(code_rows)
     partial_phi, grad_phi = code_rows.new_empty((chunks, phi_numbers(weight))), code_rows.new_empty(phi_numbers(weight))
     order, starts = sort_space(indices, codes)
     grad_codebook = code_rows.new_empty((codes, channels))
     _C.multiscale_decode_backward(
         view(indices), view(code_rows), view(code_norms), view(None if as_inputs else grad), view(grad if as_inputs else None),
-        _tables(widths, unit_codes), view(scales), height, width, view(kernels), view(turned), view(bias), ratio, view(spare),
-        view(gaps), view(partial_phi), view(order), view(starts), view(grad_codebook),
-        view(None if weight is None else grad_phi), threads(),
+        _tables(widths, unit_codes), view(scales), height, width, view(kernels), view(turned), view(bias), ratio, chunks,
+        view(bands), view(spare), view(gaps), view(partial_phi), view(order), view(starts), view(grad_codebook),
+        view(None if weight is None else grad_phi), workers,
     )  # fmt: skip
     empty = code_rows.new_empty
     return grad_codebook, *(split_phi(grad_phi, weight) if weight is not None else (empty(0), empty(0)))
@@ -187,17 +192,22 @@ torch.library.register_autograd(
 )
 
 
+def _largest(grids) -> tuple[int, int]:
+    """The chain has no map of its own: its scratch holds any of its grids."""
+    return max(grids[::3]), max(grids[1::3])
+
+
 def _chain(indices, codebook, grids, widths, unit_codes, refine):
     indices, codebook = indices.contiguous(), codebook.contiguous()
-    channels, scales = codebook.shape[1], grid_rows(grids)
+    channels, scales, workers, size = codebook.shape[1], grid_rows(grids), threads(), _largest(grids)
     inputs = codebook.new_empty((indices.shape[0], _input_rows(grids, indices.shape[1]), channels))
     code_rows = codebook.new_empty((*indices.shape, channels))
     code_norms = norms_space(codebook, (*indices.shape, len(widths)), unit_codes)
-    spare = codebook.new_empty((chunks_of(indices.shape[0]), 3, max(grids[::3]) * max(grids[1::3]), channels))
+    bands, spare = band_space(codebook, grids, size), pieces(codebook, 3, size, workers)
     status = torch.empty(1, dtype=torch.int64)
     _C.multiscale_chain(
-        view(indices), view(codebook), _tables(widths, unit_codes), view(scales), refine, view(spare), view(inputs),
-        view(code_rows), view(code_norms), view(status), threads(),
+        view(indices), view(codebook), _tables(widths, unit_codes), view(scales), refine, view(bands), view(spare),
+        view(inputs), view(code_rows), view(code_norms), view(status), workers,
     )  # fmt: skip
     refuse_outside("multiscale_inputs", status, codebook.shape[0])
     return inputs, code_rows, code_norms
@@ -213,13 +223,13 @@ def _chain_fake(indices, codebook, grids, widths, unit_codes, refine):
 
 def _chain_backward(indices, code_rows, code_norms, grad_inputs, codes, grids, widths, unit_codes, refine):
     indices, grad_inputs, scales = indices.contiguous(), grad_inputs.contiguous(), grid_rows(grids)
-    channels = code_rows.shape[2]
-    spare = code_rows.new_empty((chunks_of(indices.shape[0]), 3, max(grids[::3]) * max(grids[1::3]), channels))
+    channels, size, workers = code_rows.shape[2], _largest(grids), threads()
+    bands, spare = band_space(code_rows, grids, size), pieces(code_rows, 3, size, workers)
     gaps, (order, starts) = torch.empty_like(code_rows), sort_space(indices, codes)
     grad_codebook = code_rows.new_empty((codes, channels))
     _C.multiscale_chain_backward(
         view(indices), view(code_rows), view(code_norms), view(grad_inputs), _tables(widths, unit_codes), view(scales), refine,
-        view(spare), view(gaps), view(order), view(starts), view(grad_codebook), threads(),
+        view(bands), view(spare), view(gaps), view(order), view(starts), view(grad_codebook), workers,
     )  # fmt: skip
     return grad_codebook
 

@@ -3,14 +3,17 @@
 import torch
 
 from tokenflow_ext.ops._multiscale_common import (
+    band_space,
     cells_of,
     chunks_of,
     grid_rows,
     kernels_of,
     norms_space,
     phi_numbers,
+    pieces,
     sort_space,
     split_phi,
+    turned_kernels_of,
 )
 from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, view, warn_non_finite
 from tokenflow_ext.ops.search import packed_size, tables_of
@@ -18,45 +21,48 @@ from tokenflow_ext.ops.search import packed_size, tables_of
 
 def _quantize(
     features, codebook, weight, bias, grids, widths, weights, metric, unit_codes, ratio, accumulated, commitment_weight,
-    codebook_weight,
+    codebook_weight, keep,
 ):  # fmt: skip
     features, codebook = features.contiguous(), codebook.contiguous()
     batch, channels, height, width = features.shape
-    cells, pixels = cells_of(grids), height * width
-    length = sum(cells)
-    kernels, bias = kernels_of(weight, transposed=False), None if bias is None else bias.contiguous()
-    rows_of_grids = grid_rows(grids)
+    cells, size, workers = cells_of(grids), (height, width), threads()
+    length, largest = sum(cells), max(cells)
+    (kernels, bias), rows_of_grids = kernels_of(weight, bias), grid_rows(grids)
     quantized, loss = torch.empty_like(features), codebook.new_empty(())
     indices, status = torch.empty((batch, length), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-    rows, code_rows = codebook.new_empty((batch, length, channels)), codebook.new_empty((batch, length, channels))
-    code_norms = norms_space(codebook, (batch, length, len(widths)), unit_codes)
+    rows = code_rows = code_norms = None
+    if keep:
+        rows, code_rows = codebook.new_empty((batch, length, channels)), codebook.new_empty((batch, length, channels))
+        code_norms = norms_space(codebook, (batch, length, len(widths)), unit_codes)
     packed = codebook.new_empty(packed_size(codebook.shape[0], channels))
-    maps = codebook.new_empty((2, batch, pixels, channels))
-    staged = codebook.new_empty((batch * max(cells), channels))
-    spare = codebook.new_empty((chunks_of(batch), 3, pixels, channels))
-    partial = torch.empty((len(cells), batch), dtype=torch.float64)
+    maps = codebook.new_empty((2, batch, height * width, channels))
+    staged = codebook.new_empty((2, batch * largest, channels))
+    bands, spare = band_space(codebook, grids, size), pieces(codebook, 3, size, workers)
+    partial = torch.empty(batch * max(largest, height), dtype=torch.float64)
     _C.multiscale_quantize(
         view(features), view(codebook), tables_of(widths, weights, metric, unit_codes), view(rows_of_grids), view(kernels),
-        view(bias), ratio, accumulated, commitment_weight + codebook_weight, view(packed), view(maps), view(staged),
+        view(bias), ratio, accumulated, commitment_weight + codebook_weight, view(bands), view(packed), view(maps), view(staged),
         view(spare), view(partial), view(quantized), view(indices), view(loss), view(rows), view(code_rows),
-        view(code_norms), view(status), threads(),
+        view(code_norms), view(status), workers,
     )  # fmt: skip
     warn_non_finite("multiscale_quantize", status)
+    if not keep:
+        rows, code_rows, code_norms = (codebook.new_empty(0) for _ in range(3))
     return quantized, indices, loss, rows, code_rows, code_norms
 
 
 def _quantize_fake(
     features, codebook, weight, bias, grids, widths, weights, metric, unit_codes, ratio, accumulated, commitment_weight,
-    codebook_weight,
+    codebook_weight, keep,
 ):  # fmt: skip
     batch, length = features.shape[0], sum(cells_of(grids))
     return (
         features.new_empty(features.shape),
         features.new_empty((batch, length), dtype=torch.int64),
         codebook.new_empty(()),
-        codebook.new_empty((batch, length, features.shape[1])),
-        codebook.new_empty((batch, length, features.shape[1])),
-        codebook.new_empty((batch, length, len(widths))),
+        codebook.new_empty((batch, length, features.shape[1]) if keep else (0,)),
+        codebook.new_empty((batch, length, features.shape[1]) if keep else (0,)),
+        codebook.new_empty((batch, length, len(widths)) if keep else (0,)),
     )
 
 
@@ -67,10 +73,11 @@ def _quantize_backward(
     features = features.contiguous()
     batch, channels, height, width = features.shape
     grad_quantized = None if grad_quantized is None else grad_quantized.contiguous()
-    kernels, turned = kernels_of(weight, transposed=False), kernels_of(weight, transposed=True)
-    bias, rows_of_grids = None if bias is None else bias.contiguous(), grid_rows(grids)
-    maps, chunks = 5 + len(rows_of_grids) if accumulated else 7, chunks_of(batch)
-    spare, gaps = rows.new_empty((chunks, maps, height * width, channels)), torch.empty_like(rows)
+    (kernels, bias), turned = kernels_of(weight, bias), turned_kernels_of(weight)
+    rows_of_grids, size, chunks, workers = grid_rows(grids), (height, width), chunks_of(batch), threads()
+    bands = band_space(rows, grids, size)
+    spare = pieces(rows, 5 + len(rows_of_grids) if accumulated else 5, size, workers)
+    gaps = torch.empty_like(rows)
     partial_phi = rows.new_empty((chunks, phi_numbers(weight)))
     order, starts = sort_space(indices, codes)
     grad_features = torch.empty_like(features) if wants_features else None
@@ -79,8 +86,8 @@ def _quantize_backward(
     _C.multiscale_quantize_backward(
         view(features), view(indices), view(rows), view(code_rows), view(code_norms), view(grad_quantized), view(grad_loss),
         tables_of(widths, [1.0] * len(widths), metric, unit_codes), view(rows_of_grids), view(kernels), view(turned), view(bias),
-        ratio, accumulated, commitment_weight, codebook_weight, view(spare), view(gaps), view(partial_phi), view(order),
-        view(starts), view(grad_features), view(grad_codebook), view(grad_phi), threads(),
+        ratio, accumulated, commitment_weight, codebook_weight, chunks, view(bands), view(spare), view(gaps),
+        view(partial_phi), view(order), view(starts), view(grad_features), view(grad_codebook), view(grad_phi), workers,
     )  # fmt: skip
     empty = rows.new_empty
     return (
@@ -103,7 +110,7 @@ def _quantize_backward_fake(
 
 
 def _quantize_setup(ctx, inputs, output):
-    features, codebook, weight, bias, grids, widths, _, *options = inputs
+    features, codebook, weight, bias, grids, widths, _, *options, _ = inputs
     _, indices, _, rows, code_rows, code_norms = output
     ctx.mark_non_differentiable(indices, rows, code_rows, code_norms)
     ctx.set_materialize_grads(False)
@@ -114,7 +121,7 @@ def _quantize_setup(ctx, inputs, output):
 def _quantize_autograd(ctx, grad_quantized, grad_indices, grad_loss, *_):
     *saved, weight, bias = ctx.saved_tensors
     if grad_quantized is None and grad_loss is None:
-        return (None,) * 13
+        return (None,) * 14
     wants_features = ctx.needs_input_grad[0]
     # `quantized` sends nothing to codebooks or phi; phi only lies on the way of the loss on accumulated maps.
     wants_codebook = ctx.needs_input_grad[1] and grad_loss is not None
@@ -123,14 +130,14 @@ def _quantize_autograd(ctx, grad_quantized, grad_indices, grad_loss, *_):
         *saved, grad_quantized, grad_loss, weight, bias, *ctx.options, wants_features, wants_codebook, wants_phi
     )
     wanted = (wants_features, wants_codebook, wants_phi, wants_phi)
-    return *(g if w else None for g, w in zip(grads, wanted)), *(None,) * 9
+    return *(g if w else None for g, w in zip(grads, wanted)), *(None,) * 10
 
 
 _LOOP = "int[] grids, int[] widths, float[] weights, str metric, bool unit_codes, float ratio"
 
 define(
     f"multiscale_quantize(Tensor features, Tensor codebook, Tensor? weight, Tensor? bias, {_LOOP}, bool accumulated, "
-    "float commitment_weight, float codebook_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float commitment_weight, float codebook_weight, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _quantize,
     _quantize_fake,
 )

@@ -77,11 +77,12 @@ def multiscale_quantize(
     options = {"scales": scales, "metric": metric, "weights": weights, "phi": phi, "loss_on": loss_on}
     loss_weights = {"commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
     options = {**options, **loss_weights, "normalize_codes": normalize_codes, "backend": backend}
-    return quantize_with_rows(features, codebooks, **options)[0]
+    return quantize_with_rows(features, codebooks, **options, with_rows=False)[0]
 
 
 def quantize_with_rows(
-    features, codebooks, *, scales, metric, weights, phi, commitment_weight, codebook_weight, loss_on, normalize_codes, backend
+    features, codebooks, *, scales, metric, weights, phi, commitment_weight, codebook_weight, loss_on, normalize_codes, backend,
+    with_rows=True,
 ) -> tuple[Quantized, Tensor]:  # fmt: skip
     """`multiscale_quantize` and the rows [B, L, C] that it searched for, without gradient: what training statistics need."""
     op = "multiscale_quantize"
@@ -96,14 +97,18 @@ def quantize_with_rows(
         options = {"scales": scales, "metric": metric, "weights": made.weights, "phi": phi, "loss_on": loss_on}
         options = {**options, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
         out = reference.multiscale_quantize(features, codebooks, **options, normalize_codes=normalize_codes)
+        if not with_rows:
+            return out, features.new_empty(0)
         with torch.no_grad():
             return out, reference.multiscale_rows(
                 features, out.indices, codebooks, **options, normalize_codes=normalize_codes
             )
     weight, bias, ratio = made.phi_tensors()
+    inputs = (features, *codebooks, *(phi or ())[:2])
+    keep = with_rows or (torch.is_grad_enabled() and any(i.requires_grad for i in inputs))
     out = torch.ops.tokenflow_ext.multiscale_quantize(
         features, made.codebook(codebooks), weight, bias, made.grids, made.widths, made.weights, metric, made.unit_codes,
-        ratio, accumulated, commitment_weight, codebook_weight,
+        ratio, accumulated, commitment_weight, codebook_weight, keep,
     )  # fmt: skip
     return Quantized(*out[:3]), out[3]
 
