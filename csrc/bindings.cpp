@@ -12,10 +12,16 @@
 namespace py = pybind11;
 
 namespace tokenflow_ext {
-namespace baseline { TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS }
+namespace baseline {
+TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
+}
 #ifdef TOKENFLOW_X86
-namespace avx2 { TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS }
-namespace avx512 { TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS }
+namespace avx2 {
+TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
+}
+namespace avx512 {
+TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
+}
 #define TOKENFLOW_OP(name) def_op(m, #name, isa == 2 ? avx512::name : isa == 1 ? avx2::name : baseline::name)
 #else
 #define TOKENFLOW_OP(name) def_op(m, #name, baseline::name)
@@ -89,9 +95,8 @@ static void def_op(py::module_& m, const char* name, Error (*op)(Call&, Args...)
 
 PYBIND11_MODULE(_C, m) {
   using namespace tokenflow_ext;
-  const char* error = nullptr;
+  std::string error;
   const int isa = choose_isa(&error);
-  if (error) throw py::import_error(error);
 
   TOKENFLOW_OP(normalize_rows);
   TOKENFLOW_OP(normalize_rows_backward);
@@ -111,7 +116,10 @@ PYBIND11_MODULE(_C, m) {
   TOKENFLOW_OP(multiscale_chain);
   TOKENFLOW_OP(multiscale_chain_backward);
 
-  m.def("connect", &connect);
+  m.def("connect", [error](py::type tensor, py::object api, py::object to_dlpack, py::object empty) {
+    if (!error.empty()) throw py::value_error(error);
+    connect(tensor, api, to_dlpack, empty);
+  });
   m.def("build_info", [isa] {
     py::dict info;
     info["version"] = TOKENFLOW_EXT_VERSION;

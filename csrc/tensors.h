@@ -17,7 +17,7 @@ struct Tensor {
   void* data;
   int32_t device_type, device;  // type 1: CPU
   int32_t rank;
-  uint8_t code, bits;  // code 0: int, 2: float, 4: bfloat
+  uint8_t code, bits;  // code 0: int, 1: unsigned, 2: float, 4: bfloat
   uint16_t lanes;
   int64_t *shape, *strides;
   uint64_t byte_offset;
@@ -68,7 +68,7 @@ inline Type type_of(const dl::Tensor& t) {
   if (t.lanes != 1) return kNone;
   if (t.code == 2) return t.bits == 32 ? kFloat32 : t.bits == 64 ? kFloat64 : t.bits == 16 ? kFloat16 : kNone;
   if (t.code == 4 && t.bits == 16) return kBFloat16;
-  return t.code == 0 && t.bits == 64 ? kInt64 : kNone;
+  return t.code == 0 && t.bits == 64 ? kInt64 : t.code == 1 && t.bits == 8 ? kUInt8 : kNone;
 }
 
 // False where the core has no name for the type or the rank.

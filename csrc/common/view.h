@@ -4,7 +4,7 @@
 
 namespace tokenflow_ext {
 
-enum Type : int { kNone = -1, kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3, kInt64 = 4 };
+enum Type : int { kNone = -1, kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3, kInt64 = 4, kUInt8 = 5 };
 
 constexpr int kMaxRank = 6;
 

@@ -9,15 +9,12 @@ namespace tokenflow_ext {
 #if defined(TOKENFLOW_X86)
 const int kIsaCount = 3;
 const char* const kIsaNames[] = {"baseline", "avx2", "avx512"};
-static const char kUnknown[] = "TOKENFLOW_ISA: wanted baseline, avx2 or avx512, got something else";
 #elif defined(__aarch64__)
 const int kIsaCount = 1;
 const char* const kIsaNames[] = {"neon"};
-static const char kUnknown[] = "TOKENFLOW_ISA: wanted neon, got something else";
 #else
 const int kIsaCount = 1;
 const char* const kIsaNames[] = {"baseline"};
-static const char kUnknown[] = "TOKENFLOW_ISA: wanted baseline, got something else";
 #endif
 
 static int best_isa() {
@@ -31,16 +28,20 @@ static int best_isa() {
   return 0;
 }
 
-int choose_isa(const char** error) {
+int choose_isa(std::string* error) {
   const int best = best_isa();
-  const char* wanted = std::getenv("TOKENFLOW_ISA");
+  const char* const wanted = std::getenv("TOKENFLOW_ISA");
   if (wanted == nullptr || *wanted == '\0') return best;
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(wanted, kIsaNames[i]) != 0) continue;
-    if (i > best) *error = "TOKENFLOW_ISA: wanted an instruction set that this processor has, got a higher one";
+    if (i > best)
+      *error = std::string("TOKENFLOW_ISA: wanted at most ") + kIsaNames[best] + ", the best of this processor, got " +
+               wanted;
     return i > best ? best : i;
   }
-  *error = kUnknown;
+  std::string names = kIsaNames[0];
+  for (int i = 1; i < kIsaCount; ++i) names += (i + 1 < kIsaCount ? ", " : " or ") + std::string(kIsaNames[i]);
+  *error = "TOKENFLOW_ISA: wanted " + names + ", got " + wanted;
   return best;
 }
 
