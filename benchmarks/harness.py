@@ -1,27 +1,29 @@
-"""How every benchmark measures: agreement first, then native and its rivals in turns, then peak memory, one process each.
+"""How every benchmark measures: each provider in a process of its own, agreement first, then native and its rivals in turns.
 
 `pytest --benchmark` runs bench_*.py. A module gives `problem(name) -> Problem` and calls `compare` on it; results go to
-results/latest.csv and to the table at the end of the run (table.py).
+results/latest.csv and to the table at the end of the run (table.py). A turn is a few calls back to back; before each,
+everybody's threads have gone to sleep (worker.py), and a ratio is that of two neighbouring turns.
 """
 
 import importlib
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import time
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import table
 import torch
+from agreement import assert_close, assert_same_ids
+from worker import Missing, Worker
 
-import tokenflow_ext
+__all__ = ["Problem", "assert_close", "assert_same_ids", "compare", "normal"]
 
-SECONDS = 3.0  # of timing a problem, shared by all its calls
+SECONDS = 1.5  # of turns for each provider
+TURN = 0.02  # seconds at least, by repeating short calls
 ROUNDS = (3, 15)
+SLOW = 3.0  # seconds of a call that gets two rounds only
 
 
 @dataclass
@@ -31,151 +33,108 @@ class Problem:
     Attributes:
         op: what is measured, with "forward" or "forward + backward" where both exist.
         size: the shape in words.
-        calls: the native call under "native", then those it is measured against; each returns its results.
+        calls: the native call under "native", then those it is measured against; each returns its results. One that
+            raises ImportError when it is first called is reported as skipped.
         check: raises AssertionError unless the results of all calls, by name, agree.
+        flop: arithmetic that the op cannot do without, operations.
+        bytes: memory that the op cannot do without reading or writing.
     """
 
     op: str
     size: str
     calls: dict[str, Callable[[], object]]
     check: Callable[[dict[str, object]], None]
+    flop: float = 0
+    bytes: float = 0
 
 
 def compare(benchmark, module: str, name: str) -> dict[str, dict]:
     """Checks, times and weighs `problem(name)` of a bench module; returns the table's rows by the rival's name."""
     problem = importlib.import_module(module).problem(name)
-    start = time.perf_counter()
-    problem.check({provider: call() for provider, call in problem.calls.items()})
-    rounds = int(min(max(SECONDS / (time.perf_counter() - start), ROUNDS[0]), ROUNDS[1]))
-    seconds: dict[str, list[float]] = {provider: [] for provider in problem.calls}
-
-    def timed(provider: str) -> None:
-        start = time.perf_counter()
-        problem.calls[provider]()
-        seconds[provider].append(time.perf_counter() - start)
-
-    def others() -> None:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workers, skipped = {}, {}
         for provider in problem.calls:
-            if provider != "native":
-                timed(provider)
-
-    benchmark.group = f"{problem.op}, {problem.size}"
-    benchmark.pedantic(lambda: timed("native"), setup=others, rounds=rounds, iterations=1)
-    medians = {provider: statistics.median(values) for provider, values in seconds.items()}
-    del problem.calls
-    extra = {provider: extra_bytes(module, name, provider) for provider in medians}
-    rows = {}
-    for rival in medians:
-        if rival != "native":
-            rows[rival] = {
-                "op": problem.op,
-                "size": problem.size,
-                "rival": rival,
-                "native_ms": 1e3 * medians["native"],
-                "rival_ms": 1e3 * medians[rival],
-                "times_faster": medians[rival] / medians["native"],
-                "native_mb": extra["native"] / 2**20,
-                "rival_mb": extra[rival] / 2**20,
-                "times_less_memory": extra[rival] / max(extra["native"], 2**16),
-                "rounds": rounds,
-                **conditions(),
-            }
-            benchmark.extra_info[f"times faster than {rival}"] = round(rows[rival]["times_faster"], 2)
-    table.store(list(rows.values()))
-    return rows
+            worker = stack.enter_context(Worker(module, name, provider))
+            try:
+                worker.first(folder / "results.pt")
+                workers[provider] = worker
+                worker.results = torch.load(folder / "results.pt", weights_only=False)
+            except Missing as missing:
+                skipped[provider] = str(missing)
+        problem.check({provider: worker.results for provider, worker in workers.items()})
+        turns = _take_turns(benchmark, workers)
+        rows = [_row(problem, provider, workers, turns) for provider in workers]
+    table.store(rows, [(problem.op, problem.size, provider, why) for provider, why in skipped.items()])
+    benchmark.group = problem.op
+    benchmark.extra_info.update({f"times faster than {r['provider']}": r["times_faster"] for r in rows[1:]})
+    benchmark.extra_info.update({f"skipped {provider}": why for provider, why in skipped.items()})
+    return {row["provider"]: row for row in rows if row["provider"] != "native"}
 
 
-def conditions() -> dict:
-    """What the numbers depend on besides the code."""
-    info = tokenflow_ext.build_info()
-    return {"threads": torch.get_num_threads(), "instruction_set": info["instruction_set"], "torch": info["torch"]}
+class Clock:
+    """The time that the native worker spent in its calls: pytest-benchmark's timer, so that it reports those."""
+
+    seconds = 0.0
+
+    @classmethod
+    def read(cls) -> float:
+        return cls.seconds
 
 
-def extra_bytes(module: str, name: str, provider: str) -> int:
-    """Peak memory of one call above its inputs, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(Path(__file__)), module, name, provider]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+def _take_turns(benchmark, workers: dict[str, Worker]) -> dict[str, list[tuple[float, float]]]:
+    """(wall, CPU) seconds a call of each turn, by provider; turn i of a rival stands beside turn i of native."""
+    turns = {provider: [] for provider in workers}
+    rounds = {}
+    for provider, worker in workers.items():
+        worker.repeat = max(1, min(2000, int(TURN / worker.estimate())))
+        seconds = worker.seconds * worker.repeat
+        rounds[provider] = 2 if seconds > SLOW else int(min(max(SECONDS / seconds, ROUNDS[0]), ROUNDS[1]))
+    rivals = [provider for provider in workers if provider != "native"]
+
+    def setup():
+        rivals.reverse()
+        for provider in rivals:
+            if len(turns[provider]) < rounds[provider]:
+                turns[provider].append(workers[provider].turn())
+
+    def native():
+        turns["native"].append(workers["native"].turn())
+        Clock.seconds += turns["native"][-1][0]
+
+    benchmark.pedantic(native, setup=setup, rounds=max(rounds.values()), iterations=1)
+    return turns
 
 
-def _status(field: str) -> int:
-    """A field of this process's memory, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-def _weigh(call: Callable[[], object]) -> int:
-    """Peak resident bytes during call() above those before it.
-
-    Linux forgets its high-water mark on request; elsewhere the mark before the call stands in for the bytes in use.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        call()
-        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    before = _status("VmRSS")
-    call()
-    return max(_status("VmHWM") - before, 0)
-
-
-def assert_same_ids(actual, expected, xs, codebooks, metric: str, weights=None) -> torch.Tensor:
-    """Rows [N] whose ids are equal; the others have to be certified near-ties and are counted.
-
-    A near-tie is a gap of the two codes' float64 distances under the float32 rounding of the expanded squares
-    |x|^2 + |c|^2 - 2 x.c that the rivals compute.
-
-    Args:
-        actual: ids [N].
-        expected: ids [N].
-        xs: T tensors [N, D_t].
-        codebooks: T tables [K, D_t].
-        metric: "cosine", "l2" or "dot".
-        weights: T numbers, 1 each by default.
-    """
-    equal = actual == expected
-    rows = (~equal).nonzero()[:, 0]
-    gap, size = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.float64)
-    for x, codebook, weight in zip(xs, codebooks, weights or [1.0] * len(xs)):
-        x, a, b = x[rows].double(), codebook[actual[rows]].double(), codebook[expected[rows]].double()
-        if metric == "cosine":
-            x, a, b = (v / v.norm(dim=-1, keepdim=True).clamp_min(1e-12) for v in (x, a, b))
-        if metric != "dot":
-            gap += weight * (a.square() - b.square()).sum(-1)
-        gap -= 2 * weight * (x * (a - b)).sum(-1)
-        size += weight * (x.square() + a.square() + b.square()).sum(-1) * (len(x.T) + 8)
-    assert (gap.abs() <= 4 * 2.0**-24 * size).all(), f"{len(rows)} ids differ, not all of them near-ties"
-    print(f"  {len(equal)} ids agree but for {len(rows)} certified near-ties")
-    return equal
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """max|actual - expected| <= tolerance max|expected|."""
-    actual, expected = actual.detach(), expected.detach()
-    error, size = float((actual - expected).abs().max()), float(expected.abs().max())
-    assert error <= tolerance * size, f"error {error:.3g} of {size:.3g}"
+def _row(problem: Problem, provider: str, workers: dict[str, Worker], turns: dict) -> dict:
+    """A line of the results: this provider at this size, and how many times native is faster and smaller."""
+    worker, native = workers[provider], workers["native"]
+    wall, cpu = (statistics.median(values) for values in zip(*turns[provider]))
+    ratios = [rival[0] / own[0] for rival, own in zip(turns[provider], turns["native"])]
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+    gflops, gbs = 1e-9 * problem.flop / wall, 1e-9 * problem.bytes / wall
+    facts = worker.facts(native=provider.startswith("native"))
+    return {
+        "op": problem.op,
+        "size": problem.size,
+        "provider": provider,
+        "ms": 1e3 * wall,
+        "cpu_ms": 1e3 * cpu,
+        "times_faster": quartiles[1],
+        "times_faster_q1": quartiles[0],
+        "times_faster_q3": quartiles[2],
+        "mb": worker.memory / 2**20,
+        "times_less_memory": worker.memory / max(native.memory, 2**16),
+        "rounds": len(turns[provider]),
+        "calls_a_round": worker.repeat,
+        "gflops": gflops,
+        "gbs": gbs,
+        "share_of_fma": gflops / facts["fma_gflops"] if facts["fma_gflops"] else "",
+        "share_of_copy": gbs / facts["copy_gbs"] if facts["copy_gbs"] else "",
+        **facts,
+    }
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
     """float32 standard normals of a seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _warm_up() -> None:
-    """What the libraries allocate once is not the op's: `torch.autograd.grad` alone imports 34 MB of symbolic algebra."""
-    x, codebook = torch.ones(4, 2, requires_grad=True), torch.ones(3, 2, requires_grad=True)
-    for module in (tokenflow_ext.ops, tokenflow_ext.reference):
-        out = module.quantize(x, codebook)
-        torch.autograd.grad((out.quantized, out.loss), (x, codebook), (torch.ones(4, 2), torch.ones(())))
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-
-
-if __name__ == "__main__":
-    module, name, provider = sys.argv[1:]
-    _warm_up()
-    print(_weigh(importlib.import_module(module).problem(name).calls[provider]))

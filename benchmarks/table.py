@@ -1,48 +1,82 @@
-"""Results of `pytest --benchmark` as a markdown table: `python benchmarks/table.py`."""
+"""Results of `pytest --benchmark`: kept in results/latest.csv, shown as a markdown table by `python benchmarks/table.py`."""
 
 import csv
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "latest.csv"
-KEY = ("op", "size", "rival")
+KEY = ("op", "size", "provider", "instruction_set")
 session: list[dict] = []
+skipped: list[tuple] = []
 
 
-def load() -> list[dict]:
-    """Rows of the last measurement of every problem."""
-    if not RESULTS.exists():
+def load(path: Path = RESULTS) -> list[dict]:
+    """Rows of the last measurement of every provider; numbers are floats, what was not measured is None."""
+    if not path.exists():
         return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
+    with path.open(newline="") as file:
+        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def store(rows: list[dict]) -> None:
-    """Adds rows, in the place of older ones of the same op, size and rival."""
+def store(rows: list[dict], missing: list[tuple]) -> None:
+    """Adds rows in the place of older ones of the same op, size, provider and instruction set.
+
+    Args:
+        rows: one dict a provider.
+        missing: (op, size, provider, why) of those that could not be measured.
+    """
     session.extend(rows)
+    skipped.extend(missing)
     merged = {tuple(row[k] for k in KEY): row for row in (*load(), *rows)}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(merged.values())
 
 
 def markdown(rows: list[dict]) -> str:
-    """One line a comparison, and a line of conditions under the table."""
+    """One line a rival, native beside it, and a line of conditions under the table."""
+    native = {_problem(row): row for row in rows if row["provider"] == "native"}
     lines = [
-        "| op | size | against | native | rival | faster | native memory | rival memory | less memory |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+        "| op | size | against | native | rival | faster (quartiles) | native memory | rival memory |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        n = {key: float(row[key]) for key in row if key.endswith(("_ms", "_mb")) or key.startswith("times")}
+        own = native.get(_problem(row))
+        if row is own or own is None:
+            continue
         lines.append(
-            f"| {row['op']} | {row['size']} | {row['rival']} | {n['native_ms']:.3g} ms | {n['rival_ms']:.3g} ms | "
-            f"{n['times_faster']:.1f}x | {n['native_mb']:.1f} MB | {n['rival_mb']:.1f} MB | {n['times_less_memory']:.1f}x |"
+            f"| {row['op']} | {row['size']} | {row['provider']} | {time(own['ms'])} | {time(row['ms'])} | "
+            f"{row['times_faster']:.3g}x ({row['times_faster_q1']:.3g} to {row['times_faster_q3']:.3g}) | "
+            f"{own['mb']:.1f} MB | {row['mb']:.1f} MB |"
         )
-    conditions = sorted({f"{r['threads']} threads, {r['instruction_set']}, torch {r['torch']}" for r in rows})
-    return "\n".join(
-        [*lines, "", f"Medians of alternating runs; memory is the peak above the inputs. {'; '.join(conditions)}."]
+    return "\n".join([*lines, "", conditions(rows)])
+
+
+def conditions(rows: list[dict]) -> str:
+    """What the numbers of a table depend on."""
+    sets = sorted({row["instruction_set"] for row in rows})
+    threads = sorted({int(row["threads"]) for row in rows if row["provider"] == "native"})
+    return (
+        f"Medians of alternating turns, each provider in its own process; memory is the peak above the inputs. {rows[0]['cpu']}, "
+        f"{' and '.join(sets)}, {' or '.join(map(str, threads))} threads; {rows[0]['versions']}; {rows[0]['date']}."
     )
+
+
+def time(ms: float) -> str:
+    """Milliseconds with a unit that suits them."""
+    return f"{1e3 * ms:.3g} us" if ms < 0.1 else f"{ms:.3g} ms" if ms < 1e4 else f"{1e-3 * ms:.3g} s"
+
+
+def _problem(row: dict) -> tuple:
+    return row["op"], row["size"], row["instruction_set"]
+
+
+def _number(text: str):
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ PYBIND11_MODULE(_C, m) {
   TOKENFLOW_OP(multiscale_decode_backward);
   TOKENFLOW_OP(multiscale_chain);
   TOKENFLOW_OP(multiscale_chain_backward);
+  TOKENFLOW_OP(peaks);
 
   m.def("connect", [error](py::type tensor, py::object api, py::object to_dlpack, py::object empty) {
     if (!error.empty()) throw py::value_error(error);

@@ -34,4 +34,5 @@
                         View status /*[2] int64: ids outside, non-finite rows*/, int threads) noexcept;             \
   Error ema_update(View codebook /*[G, K, C]*/, View ema_counts /*[G, K]*/, View ema_sums /*[G, K, C]*/,            \
                    View counts /*[G, K]*/, View sums /*[G, K, C]*/, Tables tables, double decay, double eps,        \
-                   bool normalize_mean, int threads) noexcept;
+                   bool normalize_mean, int threads) noexcept;                                                        \
+  Error peaks(View rates /*[2] float64: float32 FLOP/s, int8 OP/s*/, double seconds, int threads) noexcept;
