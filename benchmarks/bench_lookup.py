@@ -47,7 +47,7 @@ def problem(name: str) -> Problem:
         step, moved = both, moved + 8 * pairs + 4 * width * (pairs + table)
     size = f"{size}: N {rows}, " + (f"G {groups}, " if groups else "") + f"K {codes}, D {width}"
     calls = {"native": lambda: step(ops), "twin": lambda: step(reference)}
-    return Problem(f"lookup, {direction}", size, calls, check, bytes=moved)
+    return Problem(f"lookup, {direction}", size, calls, check, bytes=moved, keeps_memory=True)
 
 
 @pytest.mark.parametrize("name", [f"{d}, {size}" for d in ("forward", "forward + backward") for size in SIZES])

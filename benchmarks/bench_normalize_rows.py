@@ -35,7 +35,9 @@ def problem(name: str) -> Problem:
         "F.normalize": lambda: step(lambda t: F.normalize(t, dim=-1)),
     }
     moved = 4 * rows * width * passes
-    return Problem(f"normalize_rows, {direction}", f"{size}: N {rows}, D {width}", calls, check, bytes=moved)
+    return Problem(
+        f"normalize_rows, {direction}", f"{size}: N {rows}, D {width}", calls, check, bytes=moved, keeps_memory=True
+    )
 
 
 @pytest.mark.parametrize("name", [f"{d}, {size}" for d in ("forward", "forward + backward") for size in SIZES])

@@ -36,6 +36,6 @@ def problem(name: str) -> Problem:
     return Problem("search by width", size, calls, check, flop=2 * rows * codes * width, bytes=moved)
 
 
-@pytest.mark.parametrize("name", map(str, SIZES))
+@pytest.mark.parametrize("name", [str(width) for width in SIZES])
 def bench_search(benchmark, name):
     compare(benchmark, "bench_roofline", name)

@@ -47,7 +47,7 @@ def problem(name: str) -> Problem:
         hit = len(indices.unique())
         made, moved = ema, 4 * codes * 3 + 4 * codes * width * 3 + 4 * hit * width
     calls = {"native": made(ops), "twin": made(reference)}
-    return Problem(op, f"{size}: N {rows}, K {codes}, D {width}", calls, check, bytes=moved)
+    return Problem(op, f"{size}: N {rows}, K {codes}, D {width}", calls, check, bytes=moved, keeps_memory=True)
 
 
 EMA = [f"ema_update_, {size}" for size in SIZES if "million" not in size]  # it does not see the rows

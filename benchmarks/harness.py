@@ -38,6 +38,8 @@ class Problem:
         check: raises AssertionError unless the results of all calls, by name, agree.
         flop: arithmetic that the op cannot do without, operations.
         bytes: memory that the op cannot do without reading or writing.
+        keeps_memory: freed memory stays with the process, as with a caching allocator; for ops that only move memory,
+            whose large results would otherwise cost more in page faults than in the op.
     """
 
     op: str
@@ -46,6 +48,7 @@ class Problem:
     check: Callable[[dict[str, object]], None]
     flop: float = 0
     bytes: float = 0
+    keeps_memory: bool = False
 
 
 def compare(benchmark, module: str, name: str) -> dict[str, dict]:

@@ -1,5 +1,6 @@
 """What a worker does with its call: weigh it, time it, say what the numbers depend on."""
 
+import ctypes
 import functools
 import importlib.metadata
 import platform
@@ -27,6 +28,14 @@ def first(call, path: Path) -> tuple[int, float]:
     memory = _peak() - before
     torch.save(_detached(results), path)
     return max(memory, 0), seconds
+
+
+def keep_memory(keep: bool) -> None:
+    """Tells glibc, where it is, to return no freed memory to the system: no mapping a block, no trimming."""
+    libc = ctypes.CDLL(None)
+    if keep and hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def turn(call, repeat: int, warm: bool) -> tuple[float, float]:

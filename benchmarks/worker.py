@@ -97,7 +97,10 @@ def _serve(pipe, module: str, name: str, provider: str) -> None:
         except EOFError:
             return
         try:
-            call = call or importlib.import_module(module).problem(name).calls[provider]
+            if call is None:
+                problem = importlib.import_module(module).problem(name)
+                call = problem.calls[provider]
+                measure.keep_memory(problem.keeps_memory)
             answer = getattr(measure, request)(call, *args)
         except ImportError as error:
             answer = Missing(f"{error}")
