@@ -7,6 +7,7 @@
 #include "common/multiscale_ops.h"
 #include "common/ops.h"
 #include "cpu/isa.h"
+#include "cpu/search_state.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -22,10 +23,11 @@ TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 namespace avx512 {
 TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 }
-#define TOKENFLOW_OP(name) def_op(m, #name, isa == 2 ? avx512::name : isa == 1 ? avx2::name : baseline::name)
+#define TOKENFLOW_PICK(name) (isa == 2 ? avx512::name : isa == 1 ? avx2::name : baseline::name)
 #else
-#define TOKENFLOW_OP(name) def_op(m, #name, baseline::name)
+#define TOKENFLOW_PICK(name) (baseline::name)
 #endif
+#define TOKENFLOW_OP(name) def_op(m, #name, TOKENFLOW_PICK(name))
 }  // namespace tokenflow_ext
 
 namespace pybind11::detail {
@@ -121,6 +123,20 @@ PYBIND11_MODULE(_C, m) {
     if (!error.empty()) throw py::value_error(error);
     connect(tensor, api, to_dlpack, empty);
   });
+  m.def("search_bytes", TOKENFLOW_PICK(search_bytes));
+  m.def("search_precision", [](int precision) {
+    std::swap(precision, search_state.precision);
+    return precision;
+  });
+  m.def("search_counts", [] {
+    py::dict counts;
+    counts["int8"] = search_state.int8_rows;
+    counts["full"] = search_state.float_rows;
+    counts["fallback"] = search_state.fallback_rows;
+    counts["rescored"] = search_state.rescored;
+    return counts;
+  });
+
   m.def("build_info", [isa] {
     py::dict info;
     info["version"] = TOKENFLOW_EXT_VERSION;
@@ -129,6 +145,7 @@ PYBIND11_MODULE(_C, m) {
     for (int i = 0; i < kIsaCount; ++i) built.append(kIsaNames[i]);
     info["instruction_sets"] = built;
     info["instruction_set"] = kIsaNames[isa];
+    info["certified_search"] = isa == 2 && search_state.has_int8_dot ? "int8" : "none";
     info["cuda"] = false;
     return info;
   });

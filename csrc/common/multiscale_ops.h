@@ -12,7 +12,7 @@
   Error multiscale_quantize(                                                                                           \
       View features /*[B, C, H, W] any float*/, View codebook /*[K, C] real*/, Tables tables, View grids, View phi,    \
       View bias, double ratio, bool accumulated, double loss_weight, View bands,                                       \
-      View packed /*[panels * 32 * (C + 1)]*/, View maps /*[2, B, H W, C]*/, View staged /*[2, B max(h w), C]*/,       \
+      View workspace /*[search_bytes] uint8*/, View maps /*[2, B, H W, C]*/, View staged /*[2, B max(h w), C]*/,       \
       View spare /*3 pieces*/, View partial /*[B max(h w, H)] float64*/,                                               \
       View quantized /*[B, C, H, W] type of features*/, View indices /*[B, L]*/, View loss /*[] real*/,                \
       View rows /*[B, L, C] or none*/, View code_rows /*[B, L, C] or none*/, View code_norms /*[B, L, T] or none*/,    \

@@ -12,6 +12,13 @@
 
 TOKENFLOW_BEGIN
 
+// All scales search one index, which is packed however few rows a scale has.
+template <class T>
+static int64_t rows_to_search(const Loop<T>& loop) {
+  const int64_t rows = loop.batch * loop.length;
+  return rows > kRowBlock ? rows : kRowBlock + 1;
+}
+
 template <class T>
 struct Call {
   Loop<T> loop;
@@ -68,17 +75,16 @@ static void finish_row(const Call<T>& call, int64_t s, int64_t offset, int64_t n
 
 // ids of the staged rows of one scale.
 template <class T>
-static void search_scale(const Call<T>& call, const Packed<T>& packed, int64_t s, int64_t offset) {
+static void search_scale(const Call<T>& call, const Index<T>& index, int64_t s, int64_t offset) {
   const Loop<T>& loop = call.loop;
   const int64_t cells = loop.grid(s).cells(), rows = loop.batch * cells;
-  int64_t block = (rows / call.threads + 3) / 4 * 4;
-  block = block < 4 ? 4 : block < kRowBlock ? block : kRowBlock;
-  const int64_t blocks = (rows + block - 1) / block;
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic) if (blocks > 1)
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const bool share = shares_blocks(blocks, call.threads);
+#pragma omp parallel for num_threads(call.threads) schedule(dynamic) if (share && blocks > 1)
   for (int64_t i = 0; i < blocks; ++i) {
     Best<T> best[kRowBlock];
-    const int64_t first = i * block, count = rows - first < block ? rows - first : block;
-    search(call.staged + first * loop.channels, count, packed, best);
+    const int64_t first = i * kRowBlock, count = rows - first < kRowBlock ? rows - first : kRowBlock;
+    search(index, call.staged + first * loop.channels, count, best, share ? 1 : call.threads);
     for (int64_t r = 0; r < count; ++r) finish_row(call, s, offset, first + r, best[r].id);
   }
 }
@@ -118,12 +124,12 @@ static void advance(const Call<T>& call, int64_t s, int64_t offset, Part part) {
 }
 
 template <class T>
-static void forward(const Call<T>& call, double loss_weight, const View& features, const View& packed_view,
+static void forward(const Call<T>& call, double loss_weight, const View& features, const View& workspace,
                     const View& quantized, const View& loss, const View& status) {
   const Loop<T>& loop = call.loop;
   const int64_t batch = loop.batch, channels = loop.channels, pixels = loop.size.cells();
-  const Packed<T> packed =
-      pack(loop.codebook, 0, loop.codes, channels, loop.tables, data<T>(packed_view), call.threads);
+  const Index<T> index =
+      make_index(loop.codebook, loop.codes, channels, loop.tables, rows_to_search(loop), workspace, call.threads);
   fill_bands(loop, loop.scales);
   for_parts(batch, 1, 2 * loop.map(), call.threads, [&](Part part) {
     load_map(features, part.image, channels, pixels, call.residual + part.image * loop.map());
@@ -138,7 +144,7 @@ static void forward(const Call<T>& call, double loss_weight, const View& feature
 #pragma omp atomic
       bad += here;
     });
-    search_scale(call, packed, s, offset);
+    search_scale(call, index, s, offset);
     for_parts(batch, loop.size.h, loop.step_products(), call.threads,
               [&](Part part) { advance(call, s, offset, part); });
     const int64_t rows = batch * (call.accumulated ? loop.size.h : grid.cells());
@@ -157,7 +163,7 @@ static void forward(const Call<T>& call, double loss_weight, const View& feature
 template <class T>
 static Error run(const View& features, const View& codebook, const Tables& tables, const View& grids, const View& phi,
                  const View& bias, double ratio, bool accumulated, double loss_weight, const View& bands,
-                 const View& packed, const View& maps, const View& staged, const View& spare, const View& partial,
+                 const View& workspace, const View& maps, const View& staged, const View& spare, const View& partial,
                  const View& quantized, const View& indices, const View& loss, const View& rows, const View& code_rows,
                  const View& code_norms, const View& status, int threads) {
   Call<T> call = {};
@@ -174,7 +180,7 @@ static Error run(const View& features, const View& codebook, const Tables& table
   if (!holds_spare(loop, spare, 3, threads) || (rows.type != kNone && !holds(rows, real, numbers)) ||
       (code_rows.type != kNone && !holds_codes(loop, code_rows, code_norms)) ||
       !holds(quantized, features.type, images) || !holds(loss, real, 1) || !holds(status, kInt64, 1) ||
-      !holds(packed, real, panels_of(loop.codes) * kPanel * (loop.channels + 1)) || !holds(maps, real, 2 * images) ||
+      !holds_search(real, workspace, rows_to_search(loop), loop.codes, loop.channels, threads) || !holds(maps, real, 2 * images) ||
       !holds(staged, real, 2 * loop.batch * largest * loop.channels) || !holds(partial, kFloat64, errors))
     return "multiscale_quantize: wanted outputs and workspace that fit the maps";
   call.accumulated = accumulated;
@@ -189,12 +195,12 @@ static Error run(const View& features, const View& codebook, const Tables& table
   call.code_norms = data<T>(code_norms);
   call.indices = data<int64_t>(indices);
   call.partial = data<double>(partial);
-  forward(call, loss_weight, features, packed, quantized, loss, status);
+  forward(call, loss_weight, features, workspace, quantized, loss, status);
   return nullptr;
 }
 
 Error multiscale_quantize(View features, View codebook, Tables tables, View grids, View phi, View bias, double ratio,
-                          bool accumulated, double loss_weight, View bands, View packed, View maps, View staged,
+                          bool accumulated, double loss_weight, View bands, View workspace, View maps, View staged,
                           View spare, View partial, View quantized, View indices, View loss, View rows, View code_rows,
                           View code_norms, View status, int threads) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
@@ -202,7 +208,7 @@ Error multiscale_quantize(View features, View codebook, Tables tables, View grid
     return "multiscale_quantize: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   if (!dense(codebook, 2)) return "multiscale_quantize: codebook: wanted contiguous [K, C]";
   const auto of_type = codebook.type == kFloat64 ? run<double> : run<float>;
-  return of_type(features, codebook, tables, grids, phi, bias, ratio, accumulated, loss_weight, bands, packed, maps,
+  return of_type(features, codebook, tables, grids, phi, bias, ratio, accumulated, loss_weight, bands, workspace, maps,
                  staged, spare, partial, quantized, indices, loss, rows, code_rows, code_norms, status, threads);
 }
 

@@ -25,9 +25,17 @@ static void search_topk(const T* staged, const Packed<T>& packed, int64_t topk, 
   }
 }
 
+// More than one best code needs all panels, however few the rows.
+static int64_t rows_to_pack(int64_t rows, int64_t topk) { return topk > 1 && rows <= kRowBlock ? kRowBlock + 1 : rows; }
+
+int64_t search_bytes(int64_t rows, int64_t topk, int64_t codes, int64_t channels, bool wide, int threads) noexcept {
+  const auto bytes = wide ? bytes_of_search<double> : bytes_of_search<float>;
+  return bytes(rows_to_pack(rows, topk), codes, channels, threads);
+}
+
 template <class T>
 static Error run(const View& x, const View& codebook, const Tables& tables, int64_t lo, int64_t hi, const View& staged,
-                 const View& packed_view, const View& indices, const View& scores, const View& status, int threads) {
+                 const View& workspace, const View& indices, const View& scores, const View& status, int threads) {
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = codebook.shape[1];
   const int64_t topk = indices.shape[2], blocks = (rows + kRowBlock - 1) / kRowBlock;
   T* stage_rows = static_cast<T*>(staged.data);
@@ -35,9 +43,10 @@ static Error run(const View& x, const View& codebook, const Tables& tables, int6
   int64_t* ids = static_cast<int64_t*>(indices.data);
   int64_t bad = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    const Packed<T> packed = pack(static_cast<const T*>(codebook.data) + g * codes * channels, lo, hi - lo, channels,
-                                  tables, static_cast<T*>(packed_view.data), threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : bad) if (blocks > 1)
+    const Index<T> index = make_index(static_cast<const T*>(codebook.data) + (g * codes + lo) * channels, hi - lo,
+                                      channels, tables, rows_to_pack(rows, topk), workspace, threads);
+    const bool share = shares_blocks(blocks, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : bad) if (share && blocks > 1)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = b * kRowBlock, count = rows - first < kRowBlock ? rows - first : kRowBlock;
       bool good[kRowBlock];
@@ -48,7 +57,7 @@ static Error run(const View& x, const View& codebook, const Tables& tables, int6
         good[r] = stage<T>(tables, block + r * channels, block + r * channels);
         bad += !good[r];
       }
-      if (topk == 1) search(block, count, packed, best);
+      if (topk == 1) search(index, block, count, best, share ? 1 : threads);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t out = ((first + r) * groups + g) * topk;
         T kept[64];
@@ -60,7 +69,7 @@ static Error run(const View& x, const View& codebook, const Tables& tables, int6
           ids[out] = lo + best[r].id;
           if (score_out) score_out[out] = best[r].score;
         } else {
-          search_topk(block + r * channels, packed, topk, row_scores, ids + out);
+          search_topk(block + r * channels, index.packed, topk, row_scores, ids + out);
           for (int64_t j = 0; j < topk; ++j) ids[out + j] += lo;
         }
       }
@@ -70,7 +79,7 @@ static Error run(const View& x, const View& codebook, const Tables& tables, int6
   return nullptr;
 }
 
-Error nearest_code(View x, View codebook, Tables tables, int64_t lo, int64_t hi, View staged, View packed,
+Error nearest_code(View x, View codebook, Tables tables, int64_t lo, int64_t hi, View staged, View workspace,
                    View indices, View scores, View status, int threads) noexcept {
   if (!dense(x, 3) || !dense(codebook, 3) || !dense(indices, 3) || !floating(x) || indices.type != kInt64)
     return "nearest_code: wanted contiguous floats x [N, G, C], codebook [G, K, C] and int64 indices [N, G, topk]";
@@ -78,15 +87,15 @@ Error nearest_code(View x, View codebook, Tables tables, int64_t lo, int64_t hi,
     return "nearest_code: codebook: wanted the groups and the width of x";
   if (indices.shape[0] != x.shape[0] || indices.shape[1] != x.shape[1] || !holds(status, kInt64, 1) ||
       !holds(staged, codebook.type, x.shape[0] * x.shape[2]) ||
-      !holds(packed, codebook.type, (hi - lo + 31) / 32 * 32 * (x.shape[2] + 1)) ||
+      !holds_search(codebook.type, workspace, rows_to_pack(x.shape[0], indices.shape[2]), hi - lo, x.shape[2], threads) ||
       (scores.type != kNone && !holds(scores, codebook.type, x.shape[0] * x.shape[1] * indices.shape[2])))
     return "nearest_code: wanted outputs and workspace that fit the rows";
   if (lo < 0 || hi > codebook.shape[1] || hi - lo < indices.shape[2]) return "nearest_code: window: wanted topk codes";
   if (scores.type == kNone && indices.shape[2] > 64) return "nearest_code: topk: wanted a scores tensor above 64";
   if (codebook.type == kFloat64)
-    return run<double>(x, codebook, tables, lo, hi, staged, packed, indices, scores, status, threads);
+    return run<double>(x, codebook, tables, lo, hi, staged, workspace, indices, scores, status, threads);
   if (codebook.type != kFloat32) return "nearest_code: codebook: wanted float32 or float64";
-  return run<float>(x, codebook, tables, lo, hi, staged, packed, indices, scores, status, threads);
+  return run<float>(x, codebook, tables, lo, hi, staged, workspace, indices, scores, status, threads);
 }
 
 TOKENFLOW_END

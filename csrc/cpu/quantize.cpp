@@ -9,7 +9,7 @@ TOKENFLOW_BEGIN
 
 template <class T>
 static void forward(const View& x, const View& codebook, const Tables& tables, double loss_weight, const View& searched,
-                    const View& staged, const View& packed_view, const View& partial, const View& quantized, const View& indices,
+                    const View& staged, const View& workspace, const View& partial, const View& quantized, const View& indices,
                     const View& loss, const View& code_rows, const View& code_norms, const View& status, int threads) {
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = codebook.shape[1];
   const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
@@ -22,9 +22,9 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
   int64_t bad = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const T* codes_of_group = static_cast<const T*>(codebook.data) + g * codes * channels;
-    const Packed<T> packed =
-        pack(codes_of_group, 0, codes, channels, tables, static_cast<T*>(packed_view.data), threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : bad) if (blocks > 1)
+    const Index<T> index = make_index(codes_of_group, codes, channels, tables, rows, workspace, threads);
+    const bool share = shares_blocks(blocks, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : bad) if (share && blocks > 1)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = b * kRowBlock, count = rows - first < kRowBlock ? rows - first : kRowBlock;
       bool good[kRowBlock];
@@ -36,7 +36,7 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
         good[r] = stage<T>(tables, y, block + r * channels);
         bad += !good[r];
       }
-      search(block, count, packed, best);
+      search(index, block, count, best, share ? 1 : threads);
       double sum = 0;
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (first + r) * groups + g;
@@ -66,7 +66,7 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
   static_cast<int64_t*>(status.data)[0] = bad;
 }
 
-Error quantize(View x, View codebook, Tables tables, double loss_weight, View searched, View staged, View packed, View partial,
+Error quantize(View x, View codebook, Tables tables, double loss_weight, View searched, View staged, View workspace, View partial,
                View quantized, View indices, View loss, View code_rows, View code_norms, View status,
                int threads) noexcept {
   if (!dense(x, 3) || !dense(codebook, 3) || !floating(x))
@@ -78,15 +78,15 @@ Error quantize(View x, View codebook, Tables tables, double loss_weight, View se
   if (!holds(quantized, x.type, numbers) || !holds(indices, kInt64, rows * x.shape[1]) || !holds(loss, codebook.type, 1) ||
       !holds(status, kInt64, 1) || !holds(searched, codebook.type, rows * x.shape[2]) ||
       !holds(staged, codebook.type, rows * x.shape[2]) || !holds(partial, kFloat64, x.shape[1] * ((rows + 63) / 64)) ||
-      !holds(packed, codebook.type, (codebook.shape[1] + 31) / 32 * 32 * (x.shape[2] + 1)) ||
+      !holds_search(codebook.type, workspace, rows, codebook.shape[1], x.shape[2], threads) ||
       (code_rows.type != kNone && !holds(code_rows, codebook.type, numbers)) ||
       (code_norms.type != kNone && !holds(code_norms, codebook.type, rows * x.shape[1] * tables.count)))
     return "quantize: wanted outputs and workspace that fit the rows";
   if (codebook.type == kFloat64)
-    forward<double>(x, codebook, tables, loss_weight, searched, staged, packed, partial, quantized, indices, loss, code_rows,
+    forward<double>(x, codebook, tables, loss_weight, searched, staged, workspace, partial, quantized, indices, loss, code_rows,
                     code_norms, status, threads);
   else if (codebook.type == kFloat32)
-    forward<float>(x, codebook, tables, loss_weight, searched, staged, packed, partial, quantized, indices, loss, code_rows,
+    forward<float>(x, codebook, tables, loss_weight, searched, staged, workspace, partial, quantized, indices, loss, code_rows,
                    code_norms, status, threads);
   else
     return "quantize: codebook: wanted float32 or float64";

@@ -1,175 +1,292 @@
-// Exhaustive search in float32 (float64): N rows against K codes of C channels, 2 N K C operations, no N x K anywhere.
-//
-// Codes are packed once a call into panels of 32: per panel [C][32] channels, then [32] starting scores, so that the
-// stream is contiguous and one broadcast channel of a row meets two registers of codes. A tile is 4 rows x 2 registers:
-// 8 independent chains hide the latency of the fused multiply-add. Blocks of panels stay in the second-level cache while
-// 64 rows pass over them: bytes read from beyond it are 4 K C per 64 rows.
-// Who owns what: `packed` and `staged` are workspace tensors from Python.
+// The nearest-code search behind every op: rows against a window of codes of one group, in one of three ways.
+//   few rows       codes are packed panel by panel on the fly and scored at once; threads share the codes
+//   full precision codes are packed once, scan.h passes over them
+//   certified      codes are packed once and again in 8 bits, certified.h passes over them and scores what it cannot rule out
+// All give the lowest canonical (score, id), the same bits. Who owns what: `workspace` is one tensor of bytes from Python,
+// search_bytes() long.
 #pragma once
-#include "cpu/simd.h"
+#include <omp.h>
+
+#include "cpu/certified.h"
 
 TOKENFLOW_BEGIN
 
-constexpr int64_t kPanel = 32;        // codes per panel
-constexpr int64_t kRowBlock = 64;     // rows that share a pass over the panels
-constexpr int64_t kBlockBytes = 256 << 10;
-
-static inline int64_t panels_of(int64_t codes) { return (codes + kPanel - 1) / kPanel; }
-
 template <class T>
-struct Packed {
-  const T* panels;   // [panels][C + 1][32]
-  int64_t codes;     // in the window
-  int64_t channels;  // C
-  int64_t stride() const { return kPanel * (channels + 1); }
+struct Index {
+  const T* codebook;       // [codes, C]
+  Packed<T> packed;        // panels null: few rows
+  const Tables* tables;
+  bool certify;
+  char* scratch;           // [threads, scratch_bytes]
+  int64_t scratch_bytes;
+  mutable int64_t tried, gave_up;  // rows that the certified scan was asked for, and that it could not narrow down
+#if defined(__AVX512F__)
+  Codes8 codes8;
+  Bound bound;
+#endif
 };
 
-// Codes [lo, lo + codes) of one group's codebook [K, C] into panels; padding lanes score +inf and never win.
+static inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Hands out pieces of the workspace; without one it only counts.
+struct Carve {
+  char* at;
+  int64_t used;
+  template <class P>
+  P* take(int64_t n) {
+    P* p = reinterpret_cast<P*>(at + used);
+    used += aligned(n * static_cast<int64_t>(sizeof(P)));
+    return p;
+  }
+};
+
+// Where 8 bits win: enough rows to pay for the second packing, and codes long and many enough. Measured, bench_nearest_code.
 template <class T>
-static Packed<T> pack(const T* codebook, int64_t lo, int64_t codes, int64_t channels, const Tables& tables, T* out,
-                      int threads) {
-  const Packed<T> packed = {out, codes, channels};
-  const int64_t panels = panels_of(codes);
-#pragma omp parallel for num_threads(threads) schedule(static) if (panels > 8)
-  for (int64_t p = 0; p < panels; ++p) {
-    T* panel = out + p * packed.stride();
-    T* start = panel + channels * kPanel;
-    const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
-    for (int64_t l = 0; l < kPanel; ++l) {
-      const T* code = codebook + (lo + p * kPanel + (l < used ? l : 0)) * channels;
-      for (int64_t d = 0; d < channels; ++d) panel[d * kPanel + l] = code[d];
-      start[l] = 0;
-    }
-    int64_t first = 0;
+static bool certify(int64_t rows, int64_t codes, int64_t channels) {
+  if (sizeof(T) != 4 || !kCanCertify || !search_state.has_int8_dot || channels > 16384 || rows <= kRowBlock) return false;
+  if (search_state.precision != kAuto) return search_state.precision == kCertified;
+  return channels >= 5 && codes >= 512 && rows >= 256;
+}
+
+// Lays out the workspace of a search for `rows` rows (in one call, all scales together) and returns its bytes.
+template <class T>
+static int64_t layout(int64_t rows, int64_t codes, int64_t channels, bool certified, int threads, char* workspace,
+                      T** panels, Index<T>* index, float** spare) {
+  Carve carve = {workspace, 0};
+  const int64_t stride = kPanel * (channels + 1);
+  *panels = nullptr;
+  if (rows > kRowBlock) *panels = carve.take<T>(panels_of(codes) * stride);
+  index->scratch_bytes = rows > kRowBlock ? 0 : aligned(2 * stride * sizeof(T));
+#if defined(__AVX512F__)
+  if (certified) {
+    Codes8 c = layout8(codes, channels);
+    c.quantized = carve.take<uint32_t>(c.segments() * c.length * c.words);
+    c.starts = carve.take<float>(c.segments() * c.length);
+    c.norms = carve.take<float>(c.segments());
+    c.gaps = carve.take<float>(c.segments());
+    *spare = carve.take<float>(2 * panels_of(codes) * kPanel);
+    index->codes8 = c;
+    index->scratch_bytes = aligned(kRowBlock * (c.segments() + c.words) * 4);
+  }
+#endif
+  index->scratch = carve.take<char>(threads * index->scratch_bytes);
+  return carve.used + 64;
+}
+
+template <class T>
+static int64_t bytes_of_search(int64_t rows, int64_t codes, int64_t channels, int threads) {
+  Index<T> index;
+  T* panels;
+  float* spare;
+  return layout(rows, codes, channels, certify<T>(rows, codes, channels), threads, nullptr, &panels, &index, &spare);
+}
+
+// Whether the workspace is large enough to search in full precision at least.
+static bool holds_search(Type type, const View& workspace, int64_t rows, int64_t codes, int64_t channels, int threads) {
+  Index<double> wide;
+  Index<float> index;
+  double* wide_panels;
+  float *panels, *spare;
+  return holds(workspace, kUInt8,
+               type == kFloat64 ? layout(rows, codes, channels, false, threads, nullptr, &wide_panels, &wide, &spare)
+                                : layout(rows, codes, channels, false, threads, nullptr, &panels, &index, &spare));
+}
+
+// The codes [codes, C], ready to be searched by `rows` rows in all.
+template <class T>
+static Index<T> make_index(const T* codebook, int64_t codes, int64_t channels, const Tables& tables, int64_t rows,
+                           const View& workspace, int threads) {
+  Index<T> index = {};
+  T* panels;
+  float* spare = nullptr;
+  char* memory = static_cast<char*>(workspace.data);
+  memory += aligned(reinterpret_cast<uintptr_t>(memory)) - reinterpret_cast<uintptr_t>(memory);
+  // The precision may have been changed since Python asked for the bytes: what fits decides.
+  index.certify = certify<T>(rows, codes, channels) &&
+                  layout(rows, codes, channels, true, threads, nullptr, &panels, &index, &spare) <= workspace.shape[0];
+  layout(rows, codes, channels, index.certify, threads, memory, &panels, &index, &spare);
+  index.codebook = codebook;
+  index.packed = {panels, codes, channels};
+  index.tables = &tables;
+  if (!panels) return index;
+  pack(codebook, codes, channels, tables, panels, threads);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    if (!index.certify) return index;
+    pack8(index.packed, spare, &index.codes8, threads);
+    index.certify = index.codes8.usable;
+    index.bound = {channels, tables.l2, tables.l2, 0};
     for (int t = 0; t < tables.count; ++t) {
-      T square[kPanel] = {};
-      for (int64_t d = first; d < first + tables.width[t]; ++d)
-        for (int64_t l = 0; l < kPanel; ++l)
-          square[l] = fused(panel[d * kPanel + l], panel[d * kPanel + l], square[l]);
-      if (tables.unit) {
-        for (int64_t l = 0; l < kPanel; ++l) {
-          const T norm = root(square[l]);
-          square[l] = norm > static_cast<T>(1e-12) ? norm : static_cast<T>(1e-12);
-        }
-        for (int64_t d = first; d < first + tables.width[t]; ++d)
-          for (int64_t l = 0; l < kPanel; ++l) panel[d * kPanel + l] /= square[l];
-      } else if (tables.l2) {
-        const T weight = static_cast<T>(tables.weight[t]);
-        for (int64_t l = 0; l < kPanel; ++l) start[l] += weight * (static_cast<T>(0.5) * square[l]);
-      }
-      first += tables.width[t];
+      index.bound.clip &= tables.weight[t] == 1;
+      if (tables.weight[t] > index.bound.max_weight) index.bound.max_weight = tables.weight[t];
     }
-    for (int64_t l = used; l < kPanel; ++l) start[l] = __builtin_inf();
   }
-  return packed;
+#endif
+  return index;
 }
 
-// Row x [C] becomes y [C], as searched, in place; staged [C] (may be y itself) gets its negated, weighted copy.
-// False, and a zero row, where x is not finite.
+// Panels [first, first + count) to read, from all of them or packed on the fly into `scratch`; ids count from first * 32.
 template <class T>
-static inline bool stage(const Tables& tables, T* x, T* staged) {
-  int64_t channels = 0;
-  for (int t = 0; t < tables.count; ++t) channels += tables.width[t];
-  const bool good = all_finite(x, channels);
-  if (tables.unit) make_unit<T>(tables, x, nullptr);
-  int64_t d = 0;
-  for (int t = 0; t < tables.count; ++t) {
-    const T weight = static_cast<T>(tables.weight[t]);
-    for (const int64_t end = d + tables.width[t]; d < end; ++d) staged[d] = good ? -(weight * x[d]) : 0;
-  }
-  return good;
+static Packed<T> panels_at(const Index<T>& index, int64_t first, int64_t count, T* scratch) {
+  const int64_t channels = index.packed.channels, at = first * kPanel, rest = index.packed.codes - at;
+  const int64_t codes = rest < count * kPanel ? rest : count * kPanel;
+  if (index.packed.panels) return {index.packed.panels + first * index.packed.stride(), codes, channels};
+  return pack(index.codebook + at * channels, codes, channels, *index.tables, scratch, 1);
 }
 
 template <class T>
-struct Best {
-  T score;
-  int64_t id;  // inside the window; -1 while no score was below +inf
-};
+static void merge(const Best<T>* from, int64_t rows, Best<T>* best) {
+#pragma omp critical(tokenflow_search_merge)
+  for (int64_t r = 0; r < rows; ++r)
+    if (from[r].id >= 0 && (best[r].id < 0 || better(from[r], best[r]))) best[r] = from[r];
+}
 
-// R rows against the half-open range of register pairs [from, to) of the packed codes. Never inlined: the
-// 8 sums stay in registers only where the caller does not compete for them (1.4x in multiscale_quantize).
-template <class T, int R>
-static __attribute__((noinline)) void scan_tile(const T* staged, const Packed<T>& packed, int64_t from, int64_t to, Best<T>* best) {
-  using V = typename Register<T>::V;
-  using I = typename Register<T>::I;
-  constexpr int kLanes = Register<T>::kLanes;
-  constexpr int64_t kPairs = kPanel / (2 * kLanes);  // register pairs per panel
-  const int64_t channels = packed.channels;
-  V low[R][2];
-  I at[R][2];
-  for (int r = 0; r < R; ++r)
-    for (int h = 0; h < 2; ++h) low[r][h] = broadcast(static_cast<T>(__builtin_inf())), at[r][h] = I{} - 1;
-  for (int64_t pair = from; pair < to; ++pair) {
-    const T* codes = packed.panels + pair / kPairs * packed.stride() + pair % kPairs * 2 * kLanes;
-    V score[R][2];
-    for (int r = 0; r < R; ++r)
-      for (int h = 0; h < 2; ++h) score[r][h] = load_register(codes + channels * kPanel + h * kLanes);
-    for (int64_t d = 0; d < channels; ++d) {
-      const V c0 = load_register(codes + d * kPanel), c1 = load_register(codes + d * kPanel + kLanes);
-      for (int r = 0; r < R; ++r) {
-        const V x = broadcast(staged[r * channels + d]);
-        score[r][0] = fused(x, c0, score[r][0]);
-        score[r][1] = fused(x, c1, score[r][1]);
-      }
+// Two panels packed, scored for all rows, forgotten.
+template <class T>
+static void search_unpacked(const Index<T>& index, const T* staged, int64_t rows, Best<T>* best, int threads) {
+  const int64_t channels = index.packed.channels, codes = index.packed.codes, pairs = (panels_of(codes) + 1) / 2;
+#pragma omp parallel num_threads(threads) if (codes * channels > 16384)
+  {
+    Best<T> mine[kRowBlock];
+    for (int64_t r = 0; r < rows; ++r) mine[r] = {static_cast<T>(__builtin_inf()), -1};
+    T* scratch = reinterpret_cast<T*>(index.scratch + omp_get_thread_num() * index.scratch_bytes);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < pairs; ++i) {
+      const Packed<T> two = panels_at(index, 2 * i, 2, scratch);
+      for (int64_t r = 0; r < rows; ++r)
+        best_in_panels(staged + r * channels, two, 0, panels_of(two.codes), 2 * i * kPanel, mine + r);
     }
-    const I here = I{} + static_cast<typename Register<T>::Index>(pair);
-    for (int r = 0; r < R; ++r)
-      for (int h = 0; h < 2; ++h) {
-        const I better = score[r][h] < low[r][h];
-        low[r][h] = better ? score[r][h] : low[r][h];
-        at[r][h] = better ? here : at[r][h];
-      }
+    merge(mine, rows, best);
   }
-  for (int r = 0; r < R; ++r)
-    for (int h = 0; h < 2; ++h)
-      for (int l = 0; l < kLanes; ++l) {
-        if (at[r][h][l] < 0) continue;
-        const int64_t id = static_cast<int64_t>(at[r][h][l]) * 2 * kLanes + h * kLanes + l;
-        if (low[r][h][l] < best[r].score || (low[r][h][l] == best[r].score && id < best[r].id))
-          best[r] = {low[r][h][l], id};
-      }
 }
 
-// The canonical scores [32] of one panel for one staged row.
 template <class T>
-static inline void score_panel(const T* staged, const Packed<T>& packed, int64_t p, T* scores) {
-  using V = typename Register<T>::V;
-  constexpr int kLanes = Register<T>::kLanes, kRegisters = kPanel / kLanes;
-  const T* panel = packed.panels + p * packed.stride();
-  V score[kRegisters];
-  for (int i = 0; i < kRegisters; ++i) score[i] = load_register(panel + packed.channels * kPanel + i * kLanes);
-  for (int64_t d = 0; d < packed.channels; ++d)
-    for (int i = 0; i < kRegisters; ++i)
-      score[i] = fused(broadcast(staged[d]), load_register(panel + d * kPanel + i * kLanes), score[i]);
-  memcpy(scores, score, sizeof(score));
+static void search_packed(const Index<T>& index, const T* staged, int64_t rows, Best<T>* best, int threads) {
+  const Packed<T>& packed = index.packed;
+  const int64_t panels = panels_of(packed.codes), segment = segment_panels(panels);
+  if (threads == 1) {
+    scan(staged, rows, packed, 0, panels, best);
+    return;
+  }
+  const int64_t segments = (panels + segment - 1) / segment;
+#pragma omp parallel for num_threads(threads) schedule(static) if (packed.codes * packed.channels * rows > 65536)
+  for (int64_t i = 0; i < threads; ++i) {
+    const int64_t from = i * segments / threads * segment, to = (i + 1) * segments / threads * segment;
+    Best<T> mine[kRowBlock];
+    scan(staged, rows, packed, from, to < panels ? to : panels, mine);
+    merge(mine, rows, best);
+  }
 }
 
-// staged [rows, C] against all packed codes: best [rows].
-template <class T>
-static void search(const T* staged, int64_t rows, const Packed<T>& packed, Best<T>* best) {
-  constexpr int64_t kPairs = kPanel / (2 * Register<T>::kLanes);
-  const int64_t channels = packed.channels, pairs = panels_of(packed.codes) * kPairs;
-  int64_t block = kBlockBytes / static_cast<int64_t>(packed.stride() * sizeof(T)) * kPairs;
-  if (block < kPairs) block = kPairs;
-  for (int64_t r = 0; r < rows; ++r) best[r] = {static_cast<T>(__builtin_inf()), -1};
-  for (int64_t from = 0; from < pairs; from += block) {
-    const int64_t to = from + block < pairs ? from + block : pairs;
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) scan_tile<T, 4>(staged + r * channels, packed, from, to, best + r);
-    if (rows - r == 3) scan_tile<T, 3>(staged + r * channels, packed, from, to, best + r);
-    if (rows - r == 2) scan_tile<T, 2>(staged + r * channels, packed, from, to, best + r);
-    if (rows - r == 1) scan_tile<T, 1>(staged + r * channels, packed, from, to, best + r);
+#if defined(__AVX512F__)
+
+// Rows [0, rows) in tiles; false in done[r] where the bound could not rule out enough.
+static void search_certified(const Index<float>& index, const float* staged, int64_t rows, Best<float>* best, bool* done,
+                             int threads) {
+  const Codes8& codes = index.codes8;
+  const int64_t channels = index.packed.channels, segments = codes.segments();
+  char* scratch = index.scratch + (threads == 1 ? omp_get_thread_num() * index.scratch_bytes : 0);
+  int32_t* table = reinterpret_cast<int32_t*>(scratch);
+  int32_t* q = table + kRowBlock * segments;
+  Row8 row[kRowBlock];
+  bool usable[kRowBlock];
+  const float least = codes.largest_start > 0 ? static_cast<float>(codes.largest_start / (kMaxStart8 * codes.scale)) : 0;
+  for (int64_t first = 0; first < rows; first += kTile8) {
+    float largest[kTile8], of_tile = 0;
+    for (int64_t r = 0; r < kTile8; ++r) {
+      largest[r] = 0;
+      for (int64_t d = 0; first + r < rows && d < channels; ++d) {
+        const float size = __builtin_fabsf(staged[(first + r) * channels + d]);
+        largest[r] = size > largest[r] ? size : largest[r];
+      }
+      of_tile = largest[r] > of_tile ? largest[r] : of_tile;
+    }
+    // The starting scores are integers of one unit a tile.
+    for (int64_t r = 0; r < kTile8 && first + r < rows; ++r) {
+      float scale = (index.bound.starts ? of_tile : largest[r]) / 127;
+      scale = scale > least ? scale : least;
+      usable[first + r] = scale > 1e-15f && scale < 1e15f;
+      row[first + r] = quantize8(staged + (first + r) * channels, channels, usable[first + r] ? scale : 1, codes,
+                                 q + (first + r) * codes.words);
+    }
   }
-  // No score below +inf: the first code whose score is a number, and if none is, the first code.
+  for (int64_t r = rows; r % kTile8; ++r) memset(q + r * codes.words, 0, codes.words * 4);
+  int64_t chunk = kBlockBytes / (codes.length * codes.words * kLanes8 * 4);
+  chunk = chunk < 1 ? 1 : chunk;
+  const int64_t chunks = (codes.blocks + chunk - 1) / chunk;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t from = c * chunk, to = from + chunk < codes.blocks ? from + chunk : codes.blocks;
+    for (int64_t r = 0; r < rows; r += kTile8) {
+      const auto scan = index.bound.starts ? scan8<kTile8, true> : scan8<kTile8, false>;
+      scan(q + r * codes.words, codes, from, to, static_cast<float>(1 / row[r].unit), table + r * segments);
+    }
+  }
+  const int64_t limit = segments / 4 + 8;
+  int64_t rescored = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(+ : rescored) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t p = 0; best[r].id < 0 && p < panels_of(packed.codes); ++p) {
-      T scores[kPanel];
-      score_panel(staged + r * channels, packed, p, scores);
-      for (int64_t l = 0; best[r].id < 0 && l < kPanel && p * kPanel + l < packed.codes; ++l)
-        if (scores[l] == scores[l]) best[r] = {scores[l], p * kPanel + l};
+    const float* z = staged + r * channels;
+    done[r] = false;
+    if (row[r].norm == 0 && !index.bound.starts) {  // every code scores zero
+      best[r] = {__builtin_inff(), -1};
+      best_in_panels(z, index.packed, 0, 1, 0, best + r);
+      done[r] = true;
+    } else if (usable[r]) {
+      const int64_t n = resolve8(z, row[r], table + r * segments, codes, index.packed, index.bound, limit, best + r);
+      rescored += n;
+      done[r] = n > 0;
     }
-    if (best[r].id < 0) best[r] = {static_cast<T>(__builtin_nan("")), 0};
   }
+  count(&search_state.rescored, rescored);
 }
+
+#endif
+
+// The first code whose score is a number; code 0 where none is.
+template <class T>
+static Best<T> first_number(const Index<T>& index, const T* staged) {
+  for (int64_t p = 0; p < panels_of(index.packed.codes); ++p) {
+    T scores[kPanel];
+    const Packed<T> panel = panels_at(index, p, 1, reinterpret_cast<T*>(index.scratch));
+    score_panel(staged, panel, 0, scores);
+    for (int64_t l = 0; l < kPanel && l < panel.codes; ++l)
+      if (scores[l] == scores[l]) return {scores[l], p * kPanel + l};
+  }
+  return {static_cast<T>(__builtin_nan("")), 0};
+}
+
+// best [rows <= 64] of staged rows [rows, C]. Opens a parallel region only where threads > 1; callers that are inside
+// one, with a block of rows each, pass 1.
+template <class T>
+static void search(const Index<T>& index, const T* staged, int64_t rows, Best<T>* best, int threads) {
+  for (int64_t r = 0; r < rows; ++r) best[r] = {static_cast<T>(__builtin_inf()), -1};
+  bool done[kRowBlock] = {};
+  int64_t certified = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    if (index.certify && index.gave_up * 2 <= index.tried + 2 * kRowBlock) {
+      search_certified(index, staged, rows, best, done, threads);
+      for (int64_t r = 0; r < rows; ++r) certified += done[r];
+      count(&index.tried, rows);
+      count(&index.gave_up, rows - certified);
+      count(&search_state.int8_rows, certified);
+      count(&search_state.fallback_rows, rows - certified);
+    }
+  }
+#endif
+  if (certified < rows) count(&search_state.float_rows, rows - certified);
+  for (int64_t r = 0, end; r < rows; r = end + 1) {  // runs of rows that have no answer yet
+    for (end = r; end < rows && !done[end];) ++end;
+    if (end == r) continue;
+    const auto rest = index.packed.panels ? search_packed<T> : search_unpacked<T>;
+    rest(index, staged + r * index.packed.channels, end - r, best + r, threads);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    if (best[r].id < 0) best[r] = first_number(index, staged + r * index.packed.channels);
+}
+
+// A block of rows has all threads to itself where there are too few blocks to keep them busy.
+static inline bool shares_blocks(int64_t blocks, int threads) { return threads == 1 || blocks >= 4 * threads; }
 
 TOKENFLOW_END

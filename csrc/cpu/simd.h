@@ -11,12 +11,15 @@
 
 TOKENFLOW_BEGIN
 
+// The width of a vector register, and how many there are.
 #if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
+constexpr int kRegisterBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
-constexpr int kRegisterBytes = 32;
+constexpr int kRegisterBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kRegisterBytes = 16, kRegisters = 32;
 #else
-constexpr int kRegisterBytes = 16;
+constexpr int kRegisterBytes = 16, kRegisters = 16;
 #endif
 
 template <class T>
@@ -61,6 +64,38 @@ static inline Register<float>::V fused(Register<float>::V a, Register<float>::V 
 #else
   for (int i = 0; i < 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
+#endif
+}
+
+// The lower of each lane; where `a` is not a number, `b`.
+template <class V>
+static inline V lower(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_min_ps((__m256)a, (__m256)b);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Whether any lane of v is at most x.
+template <class V, class T>
+static inline bool any_at_most(V v, T x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 4) return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(x), _CMP_LE_OQ) != 0;
+  if constexpr (sizeof(x) == 8) return _mm512_cmp_pd_mask((__m512d)v, _mm512_set1_pd(x), _CMP_LE_OQ) != 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(x) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(x), _CMP_LE_OQ)) != 0;
+  if constexpr (sizeof(x) == 8)
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_set1_pd(x), _CMP_LE_OQ)) != 0;
+#else
+  for (unsigned i = 0; i < sizeof(v) / sizeof(x); ++i)
+    if (v[i] <= x) return true;
+  return false;
 #endif
 }
 

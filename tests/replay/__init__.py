@@ -25,17 +25,18 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: 4}
+TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: 4, torch.uint8: 5}
 PATTERNS = {
     0: (np.uint32, 0x7F800000),
     1: (np.uint64, 0x7FF << 52),
     2: (np.uint16, 0x7C00),
     3: (np.uint16, 0x7F80),
     4: (np.uint64, None),
+    5: (np.uint8, None),
 }
 """Per type of csrc/common/view.h: an integer of its size, and the bits of infinity."""
 
-SCRATCH = {"staged", "packed", "partial", "searched", "maps", "spare", "gaps", "partial_phi"}
+SCRATCH = {"staged", "workspace", "partial", "searched", "maps", "spare", "gaps", "partial_phi"}
 """Arguments whose content belongs to one instruction set, or is nobody's after the call."""
 
 

@@ -16,7 +16,7 @@ from tokenflow_ext.ops._multiscale_common import (
     turned_kernels_of,
 )
 from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, view, warn_non_finite
-from tokenflow_ext.ops.search import packed_size, tables_of
+from tokenflow_ext.ops.search import search_space, tables_of
 
 
 def _quantize(
@@ -34,14 +34,15 @@ def _quantize(
     if keep:
         rows, code_rows = codebook.new_empty((batch, length, channels)), codebook.new_empty((batch, length, channels))
         code_norms = norms_space(codebook, (batch, length, len(widths)), unit_codes)
-    packed = codebook.new_empty(packed_size(codebook.shape[0], channels))
+    # One index for all scales, packed even where they have few rows together.
+    workspace = search_space(max(batch * length, 65), codebook.shape[0], channels, codebook.dtype)
     maps = codebook.new_empty((2, batch, height * width, channels))
     staged = codebook.new_empty((2, batch * largest, channels))
     bands, spare = band_space(codebook, grids, size), pieces(codebook, 3, size, workers)
     partial = torch.empty(batch * max(largest, height), dtype=torch.float64)
     _C.multiscale_quantize(
         view(features), view(codebook), tables_of(widths, weights, metric, unit_codes), view(rows_of_grids), view(kernels),
-        view(bias), ratio, accumulated, commitment_weight + codebook_weight, view(bands), view(packed), view(maps), view(staged),
+        view(bias), ratio, accumulated, commitment_weight + codebook_weight, view(bands), view(workspace), view(maps), view(staged),
         view(spare), view(partial), view(quantized), view(indices), view(loss), view(rows), view(code_rows),
         view(code_norms), view(status), workers,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from tokenflow_ext.ops._native import (
     view,
     warn_non_finite,
 )
-from tokenflow_ext.ops.search import concatenate, packed_size, tables_of
+from tokenflow_ext.ops.search import concatenate, search_space, tables_of
 
 
 def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward):
@@ -29,11 +29,11 @@ def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_
     code_rows = codebook.new_empty(x.shape) if for_backward else None
     code_norms = codebook.new_empty((rows, groups, len(widths))) if for_backward and metric == "cosine" else None
     searched, staged = codebook.new_empty((2, rows, channels)).unbind()
-    packed = codebook.new_empty(packed_size(codebook.shape[1], channels))
+    workspace = search_space(rows, codebook.shape[1], channels, codebook.dtype)
     partial = torch.empty((groups, -(-rows // 64)), dtype=torch.float64)
     _C.quantize(
         view(x), view(codebook), tables_of(widths, weights, metric), commitment_weight + codebook_weight,
-        view(searched), view(staged), view(packed), view(partial), view(quantized), view(indices), view(loss),
+        view(searched), view(staged), view(workspace), view(partial), view(quantized), view(indices), view(loss),
         view(code_rows), view(code_norms), view(status), threads(),
     )  # fmt: skip
     warn_non_finite("quantize", status)

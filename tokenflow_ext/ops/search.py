@@ -8,18 +8,16 @@ from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import _C, define, real, threads, use_native, view, warn_non_finite
 
-PANEL = 32  # codes per packed panel, csrc/cpu/search.h
-
-
 def tables_of(widths, weights, metric, unit_codes: bool | None = None):
     """The descriptor `Tables` of csrc/common/view.h."""
     unit = metric == "cosine"
     return list(widths), list(weights), metric == "l2", unit, unit if unit_codes is None else unit_codes
 
 
-def packed_size(codes: int, channels: int) -> int:
-    """Numbers in the packed codebook: channels and starting scores of whole panels."""
-    return -(-codes // PANEL) * PANEL * (channels + 1)
+def search_space(rows: int, codes: int, channels: int, dtype: torch.dtype, *, topk: int = 1) -> torch.Tensor:
+    """Workspace of one search: the packed codebook, once more in 8 bits where the scan is certified, and tables of minima."""
+    wide = dtype == torch.float64
+    return torch.empty(_C.search_bytes(rows, topk, codes, channels, wide, threads()), dtype=torch.uint8)
 
 
 def _nearest_code(x, codebook, widths, weights, metric, topk, lo, hi, with_scores):
@@ -28,11 +26,12 @@ def _nearest_code(x, codebook, widths, weights, metric, topk, lo, hi, with_score
     indices = torch.empty((rows, groups, topk), dtype=torch.int64)
     # The kernel keeps up to 64 scores of a row on its own stack.
     scores = codebook.new_empty((rows, groups, topk)) if with_scores or topk > 64 else None
-    staged, packed = codebook.new_empty((rows, channels)), codebook.new_empty(packed_size(hi - lo, channels))
+    staged = codebook.new_empty((rows, channels))
+    workspace = search_space(rows, hi - lo, channels, codebook.dtype, topk=topk)
     status = torch.empty(1, dtype=torch.int64)
     _C.nearest_code(
         view(x), view(codebook), tables_of(widths, weights, metric), lo, hi,
-        view(staged), view(packed), view(indices), view(scores), view(status), threads(),
+        view(staged), view(workspace), view(indices), view(scores), view(status), threads(),
     )  # fmt: skip
     warn_non_finite("nearest_code", status)
     return indices, scores if with_scores else codebook.new_empty(0)

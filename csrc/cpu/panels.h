@@ -1,0 +1,140 @@
+// Codes as the search reads them: panels of 32, per panel [C][32] channels, then [32] starting scores, so that the
+// stream is contiguous and one broadcast channel of a row meets whole registers of codes. And the canonical scores of
+// any range of packed codes, which every scan ends with.
+// Bytes: 4 (C + 1) a code, written once a call, or never where a call has too few rows to read them twice.
+#pragma once
+#include "cpu/simd.h"
+
+TOKENFLOW_BEGIN
+
+constexpr int64_t kPanel = 32;     // codes per panel
+constexpr int64_t kRowBlock = 64;  // rows that are searched together, at most
+
+static inline int64_t panels_of(int64_t codes) { return (codes + kPanel - 1) / kPanel; }
+
+template <class T>
+struct Packed {
+  const T* panels;   // [panels][C + 1][32]
+  int64_t codes;     // those behind the last one score +inf
+  int64_t channels;  // C
+  int64_t stride() const { return kPanel * (channels + 1); }
+};
+
+// `used` codes [used, C] into one panel; its other lanes score +inf and never win.
+template <class T>
+static void pack_panel(const T* codes, int64_t used, int64_t channels, const Tables& tables, T* panel) {
+  T* start = panel + channels * kPanel;
+  for (int64_t l = 0; l < kPanel; ++l) {
+    const T* code = codes + (l < used ? l : 0) * channels;
+    for (int64_t d = 0; d < channels; ++d) panel[d * kPanel + l] = code[d];
+    start[l] = 0;
+  }
+  int64_t first = 0;
+  for (int t = 0; t < tables.count; ++t) {
+    T square[kPanel] = {};
+    for (int64_t d = first; (tables.unit || tables.l2) && d < first + tables.width[t]; ++d)
+      for (int64_t l = 0; l < kPanel; ++l)
+        square[l] = fused(panel[d * kPanel + l], panel[d * kPanel + l], square[l]);
+    if (tables.unit) {
+      for (int64_t l = 0; l < kPanel; ++l) {
+        const T norm = root(square[l]);
+        square[l] = norm > static_cast<T>(1e-12) ? norm : static_cast<T>(1e-12);
+      }
+      for (int64_t d = first; d < first + tables.width[t]; ++d)
+        for (int64_t l = 0; l < kPanel; ++l) panel[d * kPanel + l] /= square[l];
+    } else if (tables.l2) {
+      const T weight = static_cast<T>(tables.weight[t]);
+      for (int64_t l = 0; l < kPanel; ++l) start[l] += weight * (static_cast<T>(0.5) * square[l]);
+    }
+    first += tables.width[t];
+  }
+  for (int64_t l = used; l < kPanel; ++l) start[l] = __builtin_inf();
+}
+
+// Codes [codes, C] of one group into panels.
+template <class T>
+static Packed<T> pack(const T* codebook, int64_t codes, int64_t channels, const Tables& tables, T* out, int threads) {
+  const Packed<T> packed = {out, codes, channels};
+  const int64_t panels = panels_of(codes);
+#pragma omp parallel for num_threads(threads) schedule(static) if (codes * channels > 16384)
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
+    pack_panel(codebook + p * kPanel * channels, used, channels, tables, out + p * packed.stride());
+  }
+  return packed;
+}
+
+// Row x [C] becomes y [C], as searched, in place; staged [C] (may be y itself) gets its negated, weighted copy.
+// False, and a zero row, where x is not finite.
+template <class T>
+static inline bool stage(const Tables& tables, T* x, T* staged) {
+  int64_t channels = 0;
+  for (int t = 0; t < tables.count; ++t) channels += tables.width[t];
+  const bool good = all_finite(x, channels);
+  if (tables.unit) make_unit<T>(tables, x, nullptr);
+  int64_t d = 0;
+  for (int t = 0; t < tables.count; ++t) {
+    const T weight = static_cast<T>(tables.weight[t]);
+    for (const int64_t end = d + tables.width[t]; d < end; ++d) staged[d] = good ? -(weight * x[d]) : 0;
+  }
+  return good;
+}
+
+template <class T>
+struct Best {
+  T score;
+  int64_t id;  // inside the window; -1 while no score was below +inf
+};
+
+template <class T>
+static inline bool better(const Best<T>& a, const Best<T>& b) {
+  return a.score < b.score || (a.score == b.score && a.id < b.id);
+}
+
+// The canonical scores [32] of one panel for one staged row.
+template <class T>
+static inline void score_panel(const T* staged, const Packed<T>& packed, int64_t p, T* scores) {
+  using V = typename Register<T>::V;
+  constexpr int kLanes = Register<T>::kLanes, kCount = kPanel / kLanes;
+  const T* panel = packed.panels + p * packed.stride();
+  V score[kCount];
+  for (int i = 0; i < kCount; ++i) score[i] = load_register(panel + packed.channels * kPanel + i * kLanes);
+  for (int64_t d = 0; d < packed.channels; ++d)
+    for (int i = 0; i < kCount; ++i)
+      score[i] = fused(broadcast(staged[d]), load_register(panel + d * kPanel + i * kLanes), score[i]);
+  memcpy(scores, score, sizeof(score));
+}
+
+// best = the lowest (score, id) of it and of the codes in panels [from, to), whose ids count from `offset`. Two panels
+// at a time, so that four chains of multiply-adds run side by side.
+template <class T>
+static void best_in_panels(const T* staged, const Packed<T>& packed, int64_t from, int64_t to, int64_t offset,
+                           Best<T>* best) {
+  using V = typename Register<T>::V;
+  constexpr int kLanes = Register<T>::kLanes, kCount = 2 * kPanel / kLanes;
+  for (int64_t p = from; p < to; p += 2) {
+    const T* panel[2] = {packed.panels + p * packed.stride(),
+                         packed.panels + (p + 1 < to ? p + 1 : p) * packed.stride()};
+    V score[kCount];
+    for (int i = 0; i < kCount; ++i)
+      score[i] = load_register(panel[2 * i / kCount] + packed.channels * kPanel + i % (kCount / 2) * kLanes);
+    for (int64_t d = 0; d < packed.channels; ++d) {
+      const V x = broadcast(staged[d]);
+      for (int i = 0; i < kCount; ++i)
+        score[i] =
+            fused(x, load_register(panel[2 * i / kCount] + d * kPanel + i % (kCount / 2) * kLanes), score[i]);
+    }
+    V low = broadcast(static_cast<T>(__builtin_inf()));
+    for (int i = 0; i < kCount; ++i) low = lower(score[i], low);
+    if (!any_at_most(low, best->score)) continue;
+    T scores[2 * kPanel];
+    memcpy(scores, score, sizeof(score));
+    const int64_t count = p + 1 < to ? 2 * kPanel : kPanel;
+    for (int64_t l = 0; l < count; ++l) {
+      const Best<T> here = {scores[l], offset + p * kPanel + l};
+      if (better(here, *best)) *best = here;
+    }
+  }
+}
+
+TOKENFLOW_END
