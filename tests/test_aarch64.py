@@ -116,10 +116,13 @@ def test_neon_gives_the_same_bits(tmp_path):
         CMAKE_SYSTEM_PROCESSOR="aarch64",
         CMAKE_CXX_COMPILER=COMPILER,
     )
+    threads_here = torch.get_num_threads()
+    torch.set_num_threads(3)  # the workspace of a search is sized for its threads
     with warnings.catch_warnings(), record() as calls:
         warnings.simplefilter("ignore", RuntimeWarning)
         for dtype in FLOATS:
             search(dtype), quantizing(dtype), statistics(dtype), multiscale(dtype)
+    torch.set_num_threads(threads_here)
     assert {call.op for call in calls} == set(signatures()), "an op was not called"
     for threads in (1, 3):
         said, made = replay([EMULATOR, "-L", LIBRARIES, str(program)], calls, tmp_path, threads)
