@@ -14,8 +14,9 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 from tokenflow_ext import ops, quantize, reference
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import build_info
+from tokenflow_ext.ops._search_path import search_precision, trace
 
 __version__ = "0.1.0"
-__all__ = ["Quantized", "build_info", "ops", "quantize", "reference"]
+__all__ = ["Quantized", "build_info", "ops", "quantize", "reference", "search_precision", "trace"]
 
 del pkgutil, torch

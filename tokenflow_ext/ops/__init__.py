@@ -1,5 +1,6 @@
 """Stateless functions of vector quantization; each is a torch.library operator with a native CPU kernel."""
 
+from tokenflow_ext.ops._search_path import search_precision, trace  # noqa: F401 (process-wide, not ops)
 from tokenflow_ext.ops.lookup import lookup, shared_lookup
 from tokenflow_ext.ops.multiscale import multiscale_decode, multiscale_inputs, multiscale_quantize, multiscale_rows
 from tokenflow_ext.ops.normalize import normalize_rows

@@ -8,6 +8,7 @@ from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import _C, define, real, threads, use_native, view, warn_non_finite
 
+
 def tables_of(widths, weights, metric, unit_codes: bool | None = None):
     """The descriptor `Tables` of csrc/common/view.h."""
     unit = metric == "cosine"
