@@ -1,7 +1,9 @@
 # make test   all tests, in a venv of its own          make demo   the demo, from nothing to runs/demo/index.html
 # make bench  benchmarks against pure PyTorch           make dev    an in-place build for work on the kernels
 # make tools  what some tests need beside Python: the compiler and the emulator of aarch64, from Debian's packages
-# make test-aarch64  the core, cross-compiled for aarch64 and emulated, bit for bit
+# make test-aarch64       the core, cross-compiled for aarch64 and emulated, bit for bit
+# make test-aarch64-full  the Python package with aarch64's torch, emulated: TESTS=tests/test_golden.py (hours for all)
+# make test-sanitize      the core under the address, undefined-behaviour and thread sanitizers
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -9,12 +11,19 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell find csrc tokenflow_ext python/tokenflow -name '*.py' -o -name '*.cpp' -o -name '*.h') \
           CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test test-aarch64 tools bench demo dev clean
+.PHONY: test test-aarch64 test-aarch64-full test-sanitize tools bench demo dev clean
 test: $(VENV)/test
 	$(VENV)/bin/pytest -rs
 
 test-aarch64: tools $(VENV)/test
 	$(VENV)/bin/pytest -rs -s tests/test_aarch64.py
+
+TESTS ?= tests/test_golden.py
+test-aarch64-full: tools $(VENV)/test
+	tests/aarch64/full.sh $(VENV)/bin/python -rs $(TESTS)
+
+test-sanitize: $(VENV)/test
+	TOKENFLOW_SANITIZE=1 $(VENV)/bin/pytest -rs tests/test_sanitizers.py
 
 # Where they cannot be had, the tests that need them are skipped and say so.
 tools:

@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#ifdef TOKENFLOW_X86
+#include <cpuid.h>
+#endif
 
 namespace tokenflow_ext {
 
@@ -17,13 +20,20 @@ const int kIsaCount = 1;
 const char* const kIsaNames[] = {"baseline"};
 #endif
 
+#ifdef TOKENFLOW_X86
+static bool has_f16c() {  // clang 16 knows no __builtin_cpu_supports("f16c")
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 static int best_isa() {
 #ifdef TOKENFLOW_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return 1;
 #endif
   return 0;
 }

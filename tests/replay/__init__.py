@@ -5,8 +5,8 @@ hands the calls to `replay.cpp`, built from the same CMakeLists.txt with -DTOKEN
 
 A file of calls, all numbers little endian and 8 bytes: per call the op's name (length, bytes), its buffers (count; bytes,
 address modulo 64, content), then its arguments in the order of csrc/common/ops.h. A View is its type (-1: none), rank,
-shape and buffer; Tables are count, l2, unit, unit_codes, widths, weights. The results: per call its error (length, bytes)
-and the buffers' content.
+shape and buffer; Tables are count, l2, unit, unit_codes, widths, weights. The results: per call its error (length, bytes),
+its two counts, and the buffers' content.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ PATTERNS = {
 }
 """Per type of csrc/common/view.h: an integer of its size, and the bits of infinity."""
 
-SCRATCH = {"staged", "workspace", "partial", "searched", "maps", "spare", "gaps", "partial_phi"}
+SCRATCH = {"staged", "workspace", "bands", "partial", "searched", "maps", "spare", "gaps", "partial_phi"}
 """Arguments whose content belongs to one instruction set, or is nobody's after the call."""
 
 
@@ -47,7 +47,8 @@ def signatures() -> dict[str, list[tuple[str, str]]]:
     declared = dict(re.findall(r"Error (\w+)\(([^()]*)\)\s+noexcept", text))
     offered = re.findall(r"TOKENFLOW_OP\((\w+)\);", (ROOT / "csrc/bindings.cpp").read_text())
     offered.remove("peaks")  # measures the machine: other bits every time
-    return {op: [tuple(argument.split()) for argument in declared[op].split(",")] for op in offered}
+    split = {op: [tuple(argument.split()) for argument in declared[op].split(",")] for op in offered}
+    return {op: [argument for argument in arguments if argument[0] != "Call&"] for op, arguments in split.items()}
 
 
 @dataclass
@@ -60,15 +61,7 @@ class Call:
     before: list[bytes]
     after: list[bytes]
     error: str = ""
-
-
-def _describe(value) -> tuple[int, int, tuple[int, ...]]:
-    """(address, type, shape) of a contiguous tensor at the door."""
-    if isinstance(value, torch.Tensor):
-        assert value.is_contiguous()
-        return value.data_ptr(), TYPES[value.dtype], tuple(value.shape)
-    address, kind, shape, _, _ = value
-    return address, kind, tuple(shape)
+    counts: tuple[int, int] = (0, 0)  # ids outside their table, rows that are not finite
 
 
 class _Door:
@@ -90,15 +83,13 @@ class _Door:
                 if value is None:
                     numbers.append(struct.pack("<q", -1))
                     continue
-                address, dtype, shape = _describe(value)
-                size = np.dtype(PATTERNS[dtype][0]).itemsize * int(np.prod(shape, dtype=np.int64))
-                known = list(buffers)
-                if size and (address, size) not in buffers:
-                    buffers[address, size] = ctypes.string_at(address, size)
-                    known.append((address, size))
-                buffer = known.index((address, size)) if size else -1
+                assert value.is_contiguous()
+                dtype, shape, held = TYPES[value.dtype], value.shape, (value.data_ptr(), value.nbytes)
+                if value.nbytes:
+                    buffers.setdefault(held, ctypes.string_at(*held))
+                buffer = list(buffers).index(held) if value.nbytes else -1
                 numbers.append(struct.pack(f"<{3 + len(shape)}q", dtype, len(shape), *shape, buffer))
-                if size:
+                if value.nbytes:
                     tensors[name] = dtype, buffer
             elif kind == "Tables":
                 widths, weights, l2, unit, unit_codes = value
@@ -111,7 +102,9 @@ class _Door:
         held = b"".join(struct.pack("<qq", n, at % 64) + before for (at, n), before in buffers.items())
         call.encoded = head + held + b"".join(numbers)
         try:
-            return function(*arguments)
+            returned = function(*arguments)
+            call.counts = returned or (0, 0)
+            return returned
         except ValueError as error:
             call.error = str(error)
             raise
@@ -149,7 +142,7 @@ def build(name: str, **options: str) -> Path:
 
 
 def replay(program: list[str], calls: list[Call], folder: Path, threads: int, **environment: str):
-    """What the program says, and per call (error, buffers) as it left them."""
+    """What the program says, and per call (error, counts, buffers) as it left them."""
     file, results = folder / "calls", folder / "results"
     file.write_bytes(b"".join(call.encoded for call in calls))
     done = subprocess.run(
@@ -160,14 +153,16 @@ def replay(program: list[str], calls: list[Call], folder: Path, threads: int, **
     )
     assert done.returncode == 0, f"{done.returncode}: {done.stdout}\n{done.stderr}"
     data, at, made = results.read_bytes(), 0, []
+
+    def take(size: int) -> bytes:
+        nonlocal at
+        at += size
+        assert at <= len(data)
+        return data[at - size : at]
+
     for call in calls:
-        sizes = struct.unpack_from("<q", data, at) + tuple(map(len, call.before))
-        at += 8
-        parts = []
-        for size in sizes:
-            parts.append(data[at : at + size])
-            at += size
-        made.append((parts[0].decode(), parts[1:]))
+        error = take(struct.unpack("<q", take(8))[0]).decode()
+        made.append((error, struct.unpack("<2q", take(16)), [take(len(before)) for before in call.before]))
     assert at == len(data)
     return done.stdout.strip(), made
 
@@ -184,9 +179,9 @@ def _plain(content: bytes, dtype: int) -> np.ndarray:
 def differences(calls: list[Call], made) -> list[str]:
     """One line for every result that has other bits than the recorded one."""
     lines = []
-    for i, (call, (error, buffers)) in enumerate(zip(calls, made, strict=True)):
-        if error != call.error:
-            lines.append(f"call {i}, {call.op}: error {error!r} for {call.error!r}")
+    for i, (call, (error, counts, buffers)) in enumerate(zip(calls, made, strict=True)):
+        if (error, counts) != (call.error, call.counts):
+            lines.append(f"call {i}, {call.op}: {error!r}, {counts} for {call.error!r}, {call.counts}")
         for name, (dtype, buffer) in call.tensors.items():
             if name in SCRATCH:
                 continue

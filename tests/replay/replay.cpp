@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -48,6 +49,7 @@ struct Record {
   int threads;  // instead of the recorded number; 0 keeps it
   std::string op;
   std::vector<Buffer> buffers;
+  int64_t counts[2];
 
   void bytes(void* out, int64_t n) {
     if (n && std::fread(out, 1, n, in) != static_cast<size_t>(n)) fail("the file of calls ends early");
@@ -63,6 +65,7 @@ struct Record {
   bool read() {
     int64_t length;
     if (std::fread(&length, 8, 1, in) != 1) return false;
+    counts[0] = counts[1] = 0;
     op.resize(length);
     bytes(&op[0], length);
     buffers.resize(number<int64_t>());
@@ -108,12 +111,33 @@ struct Record {
     std::apply([&](Args&... each) { (argument(&each), ...); }, arguments);
     return std::apply(function, arguments);
   }
+  // Scratch of exactly the bytes that were counted, full of NaN.
+  template <class... Args>
+  Error make(Error (*function)(Call&, Args...) noexcept) {
+    std::tuple<Args...> arguments;
+    std::apply([&](Args&... each) { (argument(&each), ...); }, arguments);
+    const auto run = [&](Call& call) {
+      return std::apply([&](Args&... each) { return function(call, each...); }, arguments);
+    };
+    Call call = {nullptr, 0, true, 0, 0};
+    if (const Error error = run(call)) return error;
+    void* scratch = nullptr;
+    if (posix_memalign(&scratch, 64, call.bytes)) fail("no memory");
+    std::memset(scratch, -1, call.bytes);
+    call = {static_cast<char*>(scratch), 0, false, 0, 0};
+    run(call);
+    std::free(scratch);
+    counts[0] = call.ids_outside;
+    counts[1] = call.rows_not_finite;
+    return nullptr;
+  }
 
   void write(Error error, std::FILE* out) {
     const std::string sentence = error ? error : "";
     const int64_t length = sentence.size();
     std::fwrite(&length, 8, 1, out);
     std::fwrite(sentence.data(), 1, sentence.size(), out);
+    std::fwrite(counts, 8, 2, out);
     for (Buffer& buffer : buffers) {
       std::fwrite(buffer.data, 1, buffer.bytes, out);
       std::free(buffer.start);
@@ -131,11 +155,11 @@ static Error make(Record& call, int isa) {
 
 int main(int argc, char** argv) {
   using namespace tokenflow_ext;
-  const char* error = nullptr;
+  std::string error;
   const int isa = choose_isa(&error);
-  if (error) fail(error);
+  if (!error.empty()) fail(error.c_str());
   if (argc < 3) fail("wanted replay CALLS RESULTS [THREADS]");
-  Record call = {std::fopen(argv[1], "rb"), argc > 3 ? std::atoi(argv[3]) : 0, {}, {}};
+  Record call = {std::fopen(argv[1], "rb"), argc > 3 ? std::atoi(argv[3]) : 0, {}, {}, {}};
   std::FILE* out = std::fopen(argv[2], "wb");
   if (!call.in || !out) fail("a file could not be opened");
   int64_t calls = 0;
