@@ -19,10 +19,6 @@ struct Band {
   T at(int64_t k) const { return weight[k < 4 ? k : 3]; }
 };
 
-constexpr int64_t kBandNumbers = 6;  // numbers of T that hold one Band<T>
-static_assert(sizeof(Band<float>) <= kBandNumbers * sizeof(float), "a band fits six float32");
-static_assert(sizeof(Band<double>) <= kBandNumbers * sizeof(double), "a band fits six float64");
-
 static inline double cubic_near(double d) { return ((-0.75 + 2.0) * d - (-0.75 + 3.0)) * d * d + 1.0; }
 static inline double cubic_far(double d) { return ((-0.75 * d - 5.0 * -0.75) * d + 8.0 * -0.75) * d - 4.0 * -0.75; }
 

@@ -16,6 +16,17 @@ constexpr int kTile = kRegisterBytes == 64 ? 8 : 4;  // pixels (or channels) tha
 
 static inline int64_t padded(int64_t channels) { return (channels + kPadding - 1) / kPadding * kPadding; }
 
+// kernel [9, C in, D] from weight [C out, C in, 3, 3]; `turned`: that of the transpose, [9, C out, D], taps backwards.
+template <class T>
+static void pack_kernel(const T* weight, int64_t channels, bool turned, T* kernel) {
+  memset(kernel, 0, 9 * channels * padded(channels) * sizeof(T));
+  for (int64_t out = 0; out < channels; ++out)
+    for (int64_t in = 0; in < channels; ++in, weight += 9) {
+      T* first = kernel + (turned ? out * padded(channels) + in : in * padded(channels) + out);
+      for (int64_t tap = 0; tap < 9; ++tap) first[(turned ? 8 - tap : tap) * channels * padded(channels)] = weight[tap];
+    }
+}
+
 template <class T>
 static inline void store_some(const typename Register<T>::V& v, int64_t count, T* out) {
   memcpy(out, &v, (count < Register<T>::kLanes ? count : Register<T>::kLanes) * sizeof(T));

@@ -6,7 +6,6 @@
 #include <omp.h>
 
 #include "common/multiscale_ops.h"
-#include "cpu/codes.h"
 #include "cpu/conv3x3.h"
 
 TOKENFLOW_BEGIN
@@ -17,20 +16,22 @@ struct Loop {
   Grid size;                                // H, W
   const int64_t* grids;                     // [S, 3]: h, w, row of phi
   Tables tables;
-  const T* codebook;        // [K, C], raw
-  int64_t codes;            // K
-  const T* phi;             // [P, 9, in, out padded], or null
-  const T* phi_transposed;  // [P, 9, out, in padded], taps turned around, backward only
-  const T* bias;            // [P, C padded]
+  const T* codebook;       // [K, C], raw
+  int64_t codes;           // K
+  const T *weight, *bias;  // phi: [P, C out, C in, 3, 3] and [P, C], or null
+  int64_t phi_rows;        // P
   T ratio;
-  Band<T>* bands;  // [S, 2 (H + W)]: area rows, area columns, bicubic rows, bicubic columns
+  T *kernels, *turned;  // phi and its transpose as convolutions, [P, 9, C, D]; the latter for backward only
+  T* start;             // [P, D]: bias
+  Band<T>* bands;       // [S, 2 (H + W)]: area rows, area columns, bicubic rows, bicubic columns
 
   Grid grid(int64_t s) const { return {grids[3 * s], grids[3 * s + 1]}; }
   int64_t width() const { return size.w * channels; }  // numbers in a row of the map
   int64_t map() const { return size.h * width(); }
   int64_t kernel() const { return 9 * channels * padded(channels); }
+  int64_t phi_numbers() const { return phi_rows * channels * (9 * channels + 1); }
   int64_t phi_row(int64_t s) const { return grids[3 * s + 2]; }
-  int64_t step_products() const { return map() * (8 + (phi ? 9 * channels : 0)); }
+  int64_t step_products() const { return map() * (8 + (weight ? 9 * channels : 0)); }
   Axes<T> area(int64_t s) const {
     Band<T>* rows = bands + 2 * s * (size.h + size.w);
     return {size, grid(s), rows, rows + size.h};
@@ -41,26 +42,19 @@ struct Loop {
   }
 };
 
-// Numbers in one piece of scratch: a padded map, a row more, and what whole registers read beyond them.
-template <class T>
-static int64_t piece(const Loop<T>& loop) {
-  return (loop.size.h + 1) * (loop.size.w + 2) * loop.channels + 64;
-}
-
 template <class T>
 static T* data(const View& view) {
   return static_cast<T*>(view.data);
 }
 
-// The call's constants, checked. `codes` is the codebook [K, C] or its gradient; `length` is what the ids of a prefix
-// cover, loop->scales the whole scales in it.
+// The call's constants, checked, and room for its bands and kernels. `codes` is the codebook [K, C] or its gradient;
+// `length` is what the ids of a prefix cover, loop->scales the whole scales in it.
 template <class T>
-static Error make_loop(int64_t batch, int64_t length, const View& codes, int64_t channels, const Tables& tables,
-                       const View& grids, Grid size, const View& phi, const View& phi_transposed, const View& bias,
-                       double ratio, const View& bands, Loop<T>* loop) {
-  int64_t width = 0, covered = 0, scales = 0;
-  for (int t = 0; t < tables.count; ++t) width += tables.width[t];
-  if (width != channels) return "multiscale: tables: wanted widths that sum to the channels";
+static Error make_loop(Call& call, int64_t batch, int64_t length, const View& codes, int64_t channels,
+                       const Tables& tables, const View& grids, Grid size, const View& weight, const View& bias,
+                       double ratio, bool transposed, Loop<T>* loop) {
+  int64_t covered = 0, scales = 0;
+  if (!covers(tables, channels)) return "multiscale: tables: wanted widths that sum to the channels";
   if (!dense(grids, 2) || grids.type != kInt64 || grids.shape[1] != 3)
     return "multiscale: grids: wanted contiguous int64 [S, 3]";
   const int64_t* grid = data<int64_t>(grids);
@@ -68,7 +62,7 @@ static Error make_loop(int64_t batch, int64_t length, const View& codes, int64_t
     const int64_t* g = grid + 3 * s;
     if (g[0] < 1 || g[1] < 1 || g[0] > size.h || g[1] > size.w)
       return "multiscale: grids: wanted grids that fit the map";
-    if (phi.type != kNone && (g[2] < 0 || g[2] >= phi.shape[0])) return "multiscale: grids: wanted rows of phi";
+    if (weight.type != kNone && (g[2] < 0 || g[2] >= weight.shape[0])) return "multiscale: grids: wanted rows of phi";
     if (covered < length) covered += g[0] * g[1], ++scales;
   }
   if (covered != length) return "multiscale: indices: wanted whole scales";
@@ -76,16 +70,11 @@ static Error make_loop(int64_t batch, int64_t length, const View& codes, int64_t
     return "multiscale: codebook: wanted contiguous [K, C]";
   if (codes.type != kNone && codes.type != type_of<T>())
     return "multiscale: codebook: wanted the type that is computed in";
-  if (phi.type != kNone &&
-      (phi.type != type_of<T>() || !dense(phi, 4) || phi.shape[1] != 9 || phi.shape[2] != channels ||
-       phi.shape[3] != padded(channels) || !holds(bias, type_of<T>(), phi.shape[0] * padded(channels))))
-    return "multiscale: phi: wanted contiguous [P, 9, C, D] and [P, D], D the padded C, of the type that is computed "
-           "in";
-  if (phi_transposed.type != kNone &&
-      !holds(phi_transposed, type_of<T>(), phi.shape[0] * 9 * channels * padded(channels)))
-    return "multiscale: phi_transposed: wanted [P, 9, C, D], D the padded C, of the type that is computed in";
-  if (!holds(bands, type_of<T>(), grids.shape[0] * 2 * (size.h + size.w) * kBandNumbers))
-    return "multiscale: bands: wanted [S, 2 (H + W), 6] of the type that is computed in";
+  const int64_t rows = weight.type == kNone ? 0 : weight.shape[0];
+  if (weight.type != kNone &&
+      (weight.type != type_of<T>() || !dense(weight, 5) || weight.shape[1] != channels || weight.shape[2] != channels ||
+       weight.shape[3] != 3 || weight.shape[4] != 3 || !holds(bias, type_of<T>(), rows * channels)))
+    return "multiscale: phi: wanted contiguous [P, C, C, 3, 3] and [P, C] of the type that is computed in";
   *loop = {batch,
            channels,
            scales,
@@ -95,19 +84,31 @@ static Error make_loop(int64_t batch, int64_t length, const View& codes, int64_t
            tables,
            data<T>(codes),
            codes.shape[0],
-           data<T>(phi),
-           data<T>(phi_transposed),
+           data<T>(weight),
            data<T>(bias),
-           static_cast<T>(ratio),
-           static_cast<Band<T>*>(bands.data)};
+           rows,
+           static_cast<T>(ratio)};
+  loop->kernels = take<T>(call, rows * loop->kernel());
+  loop->turned = transposed ? take<T>(call, rows * loop->kernel()) : nullptr;
+  loop->start = take<T>(call, rows * padded(channels));
+  loop->bands = take<Band<T>>(call, grids.shape[0] * 2 * (size.h + size.w));
   return nullptr;
 }
 
+// Fills the bands of the first scales and the kernels.
 template <class T>
-static void fill_bands(const Loop<T>& loop, int64_t scales) {
+static void prepare(const Loop<T>& loop, int64_t scales) {
   for (int64_t s = 0; s < scales; ++s) {
     fill_bands(kArea, loop.area(s));
     fill_bands(kBicubic, loop.bicubic(s));
+  }
+  for (int64_t p = 0; p < loop.phi_rows; ++p) {
+    const T* weight = loop.weight + p * 9 * loop.channels * loop.channels;
+    pack_kernel(weight, loop.channels, false, loop.kernels + p * loop.kernel());
+    if (loop.turned) pack_kernel(weight, loop.channels, true, loop.turned + p * loop.kernel());
+    T* start = loop.start + p * padded(loop.channels);
+    memset(start, 0, padded(loop.channels) * sizeof(T));
+    memcpy(start, loop.bias + p * loop.channels, loop.channels * sizeof(T));
   }
 }
 
@@ -119,15 +120,21 @@ static int64_t input_rows(const Loop<T>& loop, int64_t all_scales) {
   return rows;
 }
 
-// Scratch of so many pieces a thread.
+// Numbers in one piece of scratch: a padded map, a row more, and what whole registers read beyond them.
 template <class T>
-static bool holds_spare(const Loop<T>& loop, const View& spare, int64_t pieces, int threads) {
-  return holds(spare, type_of<T>(), threads * pieces * piece(loop));
+static int64_t piece(const Loop<T>& loop) {
+  return (loop.size.h + 1) * (loop.size.w + 2) * loop.channels + 64;
+}
+
+// Scratch of so many pieces for each thread, and the caller's own.
+template <class T>
+static T* take_pieces(Call& call, const Loop<T>& loop, int64_t pieces, int threads) {
+  return take<T>(call, threads * pieces * piece(loop));
 }
 
 template <class T>
-static T* own(const Loop<T>& loop, const View& spare, int64_t pieces) {
-  return data<T>(spare) + omp_get_thread_num() * pieces * piece(loop);
+static T* own(const Loop<T>& loop, T* spare, int64_t pieces) {
+  return spare + omp_get_thread_num() * pieces * piece(loop);
 }
 
 // The codes that were gathered for the ids, and their norms.
@@ -136,18 +143,6 @@ static bool holds_codes(const Loop<T>& loop, const View& code_rows, const View& 
   const int64_t rows = loop.batch * loop.length;
   return holds(code_rows, type_of<T>(), rows * loop.channels) &&
          holds(code_norms, type_of<T>(), rows * loop.tables.count);
-}
-
-// What sum_by_code and sum_chunks write to; `numbers` of phi a chunk.
-template <class T>
-static bool holds_gradients(const Loop<T>& loop, const View& gaps, const View& order, const View& starts,
-                            const View& grad_codebook, const View& partial_phi, const View& grad_phi, int64_t chunks,
-                            int64_t numbers) {
-  const int64_t rows = loop.batch * loop.length;
-  return holds(gaps, type_of<T>(), rows * loop.channels) && holds(order, kInt64, rows) &&
-         (grad_codebook.type == kNone || holds(starts, kInt64, grad_codebook.shape[0] + 1)) &&
-         (numbers == 0 || holds(partial_phi, type_of<T>(), chunks * numbers)) &&
-         (grad_phi.type == kNone || holds(grad_phi, type_of<T>(), numbers));
 }
 
 // Rows [first, last) of an image: what one thread does at a time.
@@ -168,14 +163,6 @@ static void for_parts(int64_t batch, int64_t rows, int64_t products, int threads
     const int64_t p = i % parts;
     visit(Part{i / parts, p * rows / parts, (p + 1) * rows / parts});
   }
-}
-
-// Images [first, last) of chunk j of `chunks`.
-struct Chunk {
-  int64_t first, last;
-};
-static inline Chunk chunk_of(int64_t batch, int64_t chunks, int64_t j) {
-  return {j * batch / chunks, (j + 1) * batch / chunks};
 }
 
 constexpr int64_t kRun = 32;  // pixels of a plane that are turned at once, so that the map's lines stay near
@@ -254,53 +241,22 @@ static int64_t gather_scale(const Loop<T>& loop, const int64_t* ids, int64_t cel
   return outside;
 }
 
-// The codes of all ids of a prefix. Returns how many ids lie outside the table.
+// The codes of all ids of a prefix, [B, L, C], and their norms [B, L, T]. Returns how many ids lie outside the table.
 template <class T>
-static int64_t gather_prefix(const Loop<T>& loop, const int64_t* indices, const View& code_rows, const View& code_norms,
-                             int threads) {
+static int64_t gather_prefix(const Loop<T>& loop, const int64_t* indices, T* code_rows, T* code_norms, int threads) {
   int64_t outside = 0;
   for_parts(loop.batch, 1, 8 * loop.length * loop.channels, threads, [&](Part part) {
     int64_t at = part.image * loop.length, here = 0;
     for (int64_t s = 0; s < loop.scales; ++s) {
       const int64_t cells = loop.grid(s).cells();
-      here += gather_scale(loop, indices + at, cells, data<T>(code_rows) + at * loop.channels,
-                           data<T>(code_norms) + at * loop.tables.count);
+      here +=
+          gather_scale(loop, indices + at, cells, code_rows + at * loop.channels, code_norms + at * loop.tables.count);
       at += cells;
     }
 #pragma omp atomic
     outside += here;
   });
   return outside;
-}
-
-// out [n] = sum over the chunks of partial [chunks, n], in order.
-template <class T>
-static void sum_chunks(const T* partial, int64_t chunks, int64_t n, T* out) {
-  memset(out, 0, n * sizeof(T));
-  for (int64_t j = 0; j < chunks; ++j)
-    for (int64_t i = 0; i < n; ++i) out[i] += partial[j * n + i];
-}
-
-// grad_codebook [K, C] = rows' gradients [N, C] summed by code in row order, through the code's normalisation.
-// rows [N, C] and norms [N, T] are the codes that the forward gathered; a NaN row is left out.
-template <class T>
-static void sum_by_code(const Tables& tables, const int64_t* ids, const T* grad_rows, const T* rows, const T* norms,
-                        int64_t count, const View& order, const View& starts, const View& grad_codebook, int threads) {
-  const int64_t codes = grad_codebook.shape[0], channels = grad_codebook.shape[1];
-  int64_t* sorted = data<int64_t>(order);
-  int64_t* start = data<int64_t>(starts);
-  sort_by_code(ids, count, 1, codes, sorted, start);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
-  for (int64_t k = 0; k < codes; ++k) {
-    T* out = data<T>(grad_codebook) + k * channels;
-    sum_members(grad_rows, channels, sorted, start[k], start[k + 1], channels, out);
-    for (int64_t j = start[k]; tables.unit_codes && j < start[k + 1]; ++j) {
-      const T* row = rows + sorted[j] * channels;
-      if (!(row[0] == row[0])) continue;
-      through_unit(tables, row, norms + sorted[j] * tables.count, out);
-      break;
-    }
-  }
 }
 
 TOKENFLOW_END

@@ -1,7 +1,7 @@
 // multiscale_chain: the inputs of a next-scale model by TokenFlow's rule, which grows one map from grid to grid.
 //   state_1 = codes_1,  input_s = bicubic(state_{s-1} -> grid s),  state_s = input_s + codes_s  (nothing if dropped)
 // `refine` = s >= 2 returns state_s in place of input_s; 0 refines nothing. Image by image. Source: tokenflow.md 4.1.
-#include "cpu/multiscale.h"
+#include "cpu/multiscale_gradient.h"
 
 TOKENFLOW_BEGIN
 
@@ -23,21 +23,21 @@ static Axes<T> growth(const Loop<T>& loop, int64_t s) {
 }
 
 template <class T>
-static Error forward(const View& indices, const View& codebook, const Tables& tables, const View& grids, int64_t refine,
-                     const View& bands, const View& spare, const View& inputs, const View& code_rows,
-                     const View& code_norms, const View& status, int threads) {
+static Error forward(Call& op, const View& indices, const View& codebook, const Tables& tables, const View& grids,
+                     int64_t refine, const View& inputs, const View& code_rows, const View& code_norms, int threads) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
-                                    largest(grids), none, none, none, 0, bands, &loop))
+  if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
+                                    largest(grids), none, none, 0, false, &loop))
     return error;
   const int64_t channels = loop.channels;
-  if (!holds_spare(loop, spare, 3, threads) || !holds_codes(loop, code_rows, code_norms) || !holds(status, kInt64, 1) ||
-      inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
+  if (!holds_codes(loop, code_rows, code_norms) || inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
       !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))
-    return "multiscale_chain: wanted outputs and workspace that fit the grids";
+    return "multiscale_chain: wanted outputs that fit the grids";
+  T* spare = take_pieces(op, loop, 3, threads);
+  if (op.counting) return nullptr;
   for (int64_t s = 1; s < grids.shape[0]; ++s) fill_bands(kBicubic, growth(loop, s));
-  data<int64_t>(status)[0] = gather_prefix(loop, data<int64_t>(indices), code_rows, code_norms, threads);
+  op.ids_outside = gather_prefix(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), threads);
   for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
     T* state = own(loop, spare, 3);
     T *grown = state + piece(loop), *across = grown + piece(loop);
@@ -63,30 +63,30 @@ static Error forward(const View& indices, const View& codebook, const Tables& ta
   return nullptr;
 }
 
-Error multiscale_chain(View indices, View codebook, Tables tables, View grids, int64_t refine, View bands, View spare,
-                       View inputs, View code_rows, View code_norms, View status, int threads) noexcept {
+Error multiscale_chain(Call& call, View indices, View codebook, Tables tables, View grids, int64_t refine, View inputs,
+                       View code_rows, View code_norms, int threads) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(codebook, 2) || !dense(inputs, 3) || !dense(grids, 2))
     return "multiscale_chain: wanted contiguous int64 indices [B, L], codebook [K, C], inputs [B, R, C], grids [S, 3]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
-  return of_type(indices, codebook, tables, grids, refine, bands, spare, inputs, code_rows, code_norms, status,
-                 threads);
+  return of_type(call, indices, codebook, tables, grids, refine, inputs, code_rows, code_norms, threads);
 }
 
 template <class T>
-static Error backward(const View& indices, const View& code_rows, const View& code_norms, const View& grad_inputs,
-                      const Tables& tables, const View& grids, int64_t refine, const View& bands, const View& spare,
-                      const View& gaps, const View& order, const View& starts, const View& grad_codebook, int threads) {
+static Error backward(Call& op, const View& indices, const View& code_rows, const View& code_norms,
+                      const View& grad_inputs, const Tables& tables, const View& grids, int64_t refine,
+                      const View& grad_codebook, int threads) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
-                                    grids, largest(grids), none, none, none, 0, bands, &loop))
+  if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
+                                    grids, largest(grids), none, none, 0, false, &loop))
     return error;
   const int64_t channels = loop.channels;
-  if (!holds_spare(loop, spare, 3, threads) || !holds_codes(loop, code_rows, code_norms) ||
-      !holds_gradients(loop, gaps, order, starts, grad_codebook, none, none, 0, 0) ||
-      grad_inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
+  if (!holds_codes(loop, code_rows, code_norms) || grad_inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
       !holds(grad_inputs, type_of<T>(), loop.batch * grad_inputs.shape[1] * channels))
-    return "multiscale_chain_backward: wanted gradients and workspace that fit the grids";
+    return "multiscale_chain_backward: wanted gradients that fit the grids";
+  const CodeSum<T> sum = take_code_sum(op, loop);
+  T* spare = take_pieces(op, loop, 3, threads);
+  if (op.counting) return nullptr;
   for (int64_t s = 1; s < grids.shape[0]; ++s) fill_bands(kBicubic, growth(loop, s));
   for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
     T* state = own(loop, spare, 3);
@@ -102,7 +102,7 @@ static Error backward(const View& indices, const View& code_rows, const View& co
       if (s > 0 && s + 1 == refine) add(input, numbers, state);
       if (s < loop.scales) {
         at -= cells;
-        memcpy(data<T>(gaps) + at * channels, state, numbers * sizeof(T));
+        memcpy(sum.gaps + at * channels, state, numbers * sizeof(T));
       }
       if (s == 0) continue;
       if (s + 1 != refine) add(input, numbers, state);
@@ -110,20 +110,17 @@ static Error backward(const View& indices, const View& code_rows, const View& co
       up_transposed(growth(loop, s), grown, channels, state, across);
     }
   });
-  sum_by_code(tables, data<int64_t>(indices), data<T>(gaps), data<T>(code_rows), data<T>(code_norms),
-              loop.batch * loop.length, order, starts, grad_codebook, threads);
+  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook), threads);
   return nullptr;
 }
 
-Error multiscale_chain_backward(View indices, View code_rows, View code_norms, View grad_inputs, Tables tables,
-                                View grids, int64_t refine, View bands, View spare, View gaps, View order, View starts,
-                                View grad_codebook, int threads) noexcept {
+Error multiscale_chain_backward(Call& call, View indices, View code_rows, View code_norms, View grad_inputs,
+                                Tables tables, View grids, int64_t refine, View grad_codebook, int threads) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(code_rows, 3) || !dense(grad_inputs, 3) ||
       !dense(grad_codebook, 2) || !dense(grids, 2))
     return "multiscale_chain_backward: wanted contiguous indices, code_rows, grad_inputs, grad_codebook and grids";
   const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
-  return of_type(indices, code_rows, code_norms, grad_inputs, tables, grids, refine, bands, spare, gaps, order, starts,
-                 grad_codebook, threads);
+  return of_type(call, indices, code_rows, code_norms, grad_inputs, tables, grids, refine, grad_codebook, threads);
 }
 
 TOKENFLOW_END

@@ -3,7 +3,7 @@
 //   backward: G = df; from the last scale to the first G += Down_{s+1}^T dinputs_{s+1}, dstep_s = G
 // Codes are gathered first; then an image's map rows need no others, unless inputs are pooled from it in between. Kept
 // for backward: the gathered codes [B, L, C].
-#include "cpu/multiscale_step.h"
+#include "cpu/multiscale_gradient.h"
 
 TOKENFLOW_BEGIN
 
@@ -42,83 +42,82 @@ struct Decoder {
 };
 
 template <class T>
-static Error forward(const View& indices, const View& codebook, const Tables& tables, const View& grids, Grid size,
-                     const View& phi, const View& bias, double ratio, const View& bands, const View& maps,
-                     const View& spare, const View& map, const View& inputs, const View& code_rows,
-                     const View& code_norms, const View& status, int threads) {
+static Error forward(Call& op, const View& indices, const View& codebook, const Tables& tables, const View& grids,
+                     Grid size, const View& weight, const View& bias, double ratio, const View& map, const View& inputs,
+                     const View& code_rows, const View& code_norms, int threads) {
   Decoder<T> call = {};
   Loop<T>& loop = call.loop;
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
-                                    size, phi, View{nullptr, kNone}, bias, ratio, bands, &loop))
+  if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
+                                    size, weight, bias, ratio, false, &loop))
     return error;
   const int64_t channels = loop.channels, scales = grids.shape[0];
-  if (!holds_spare(loop, spare, 3, threads) || !holds_codes(loop, code_rows, code_norms) ||
-      !holds(maps, type_of<T>(), loop.batch * loop.map()) || !holds(status, kInt64, 1) ||
+  if (!holds_codes(loop, code_rows, code_norms) ||
       (map.type != kNone && !holds(map, type_of<T>(), loop.batch * loop.map())) ||
       (inputs.type != kNone && (!dense(inputs, 3) || inputs.shape[1] != input_rows(loop, scales) ||
                                 !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))))
-    return "multiscale_decode: wanted outputs and workspace that fit the maps";
+    return "multiscale_decode: wanted outputs that fit the maps";
+  T* maps = take<T>(op, loop.batch * loop.map());
+  T* spare = take_pieces(op, loop, 3, threads);
+  if (op.counting) return nullptr;
   call.indices = data<int64_t>(indices);
   call.code_rows = data<T>(code_rows);
   call.all_scales = scales;
   call.inputs = data<T>(inputs);
   call.input_rows = inputs.data ? inputs.shape[1] : 0;
-  fill_bands(loop, scales);
-  data<int64_t>(status)[0] = gather_prefix(loop, call.indices, code_rows, code_norms, threads);
+  prepare(loop, scales);
+  op.ids_outside = gather_prefix(loop, call.indices, data<T>(code_rows), data<T>(code_norms), threads);
   const bool whole = inputs.data != nullptr;
   for_parts(loop.batch, whole ? 1 : loop.size.h, loop.scales * loop.step_products(), threads, [&](Part part) {
     if (whole) part.last = loop.size.h;
-    call.rows(part, data<T>(maps) + part.image * loop.map(), own(loop, spare, 3));
+    call.rows(part, maps + part.image * loop.map(), own(loop, spare, 3));
   });
   if (map.data)
-    for_parts(loop.batch, 1, loop.map(), threads, [&](Part part) {
-      store_map(map, part.image, channels, size.cells(), data<T>(maps) + part.image * loop.map());
-    });
+    for_parts(loop.batch, 1, loop.map(), threads,
+              [&](Part part) { store_map(map, part.image, channels, size.cells(), maps + part.image * loop.map()); });
   return nullptr;
 }
 
-Error multiscale_decode(View indices, View codebook, Tables tables, View grids, int64_t height, int64_t width, View phi,
-                        View bias, double ratio, View bands, View maps, View spare, View map, View inputs,
-                        View code_rows, View code_norms, View status, int threads) noexcept {
+Error multiscale_decode(Call& call, View indices, View codebook, Tables tables, View grids, int64_t height,
+                        int64_t width, View weight, View bias, double ratio, View map, View inputs, View code_rows,
+                        View code_norms, int threads) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(codebook, 2) || height < 1 || width < 1)
     return "multiscale_decode: wanted contiguous int64 indices [B, L] and codebook [K, C]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
-  return of_type(indices, codebook, tables, grids, {height, width}, phi, bias, ratio, bands, maps, spare, map, inputs,
-                 code_rows, code_norms, status, threads);
+  return of_type(call, indices, codebook, tables, grids, {height, width}, weight, bias, ratio, map, inputs, code_rows,
+                 code_norms, threads);
 }
 
 template <class T>
-static Error backward(const View& indices, const View& code_rows, const View& code_norms, const View& grad_map,
-                      const View& grad_inputs, const Tables& tables, const View& grids, Grid size, const View& phi,
-                      const View& phi_transposed, const View& bias, double ratio, int64_t chunks, const View& bands,
-                      const View& spare, const View& gaps, const View& partial_phi, const View& order,
-                      const View& starts, const View& grad_codebook, const View& grad_phi, int threads) {
+static Error backward(Call& op, const View& indices, const View& code_rows, const View& code_norms,
+                      const View& grad_map, const View& grad_inputs, const Tables& tables, const View& grids, Grid size,
+                      const View& weight, const View& bias, double ratio, const View& grad_codebook,
+                      const View& grad_weight, const View& grad_bias, int threads) {
   Loop<T> loop;
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
-                                    grids, size, phi, phi_transposed, bias, ratio, bands, &loop))
+  if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
+                                    grids, size, weight, bias, ratio, true, &loop))
     return error;
-  const int64_t channels = loop.channels, width = loop.width();
-  const int64_t kernels = phi.data ? phi.shape[0] * 9 * channels * channels : 0;
-  const int64_t numbers = phi.data ? kernels + phi.shape[0] * channels : 0;
-  if (chunks < 1 || !holds_spare(loop, spare, 4, threads) || !holds_codes(loop, code_rows, code_norms) ||
-      !holds_gradients(loop, gaps, order, starts, grad_codebook, partial_phi, grad_phi, chunks, numbers) ||
+  const int64_t channels = loop.channels, chunks = chunks_of(loop.batch), numbers = loop.phi_numbers();
+  if (!holds_codes(loop, code_rows, code_norms) || !holds_phi(loop, grad_weight, grad_bias) ||
       (grad_map.type != kNone && !holds(grad_map, type_of<T>(), loop.batch * loop.map())) ||
       (grad_inputs.type != kNone &&
        (!dense(grad_inputs, 3) || grad_inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
         !holds(grad_inputs, type_of<T>(), loop.batch * grad_inputs.shape[1] * channels))))
-    return "multiscale_decode_backward: wanted gradients and workspace that fit the maps";
-  fill_bands(loop, grids.shape[0]);
+    return "multiscale_decode_backward: wanted gradients that fit the maps";
+  const CodeSum<T> sum = take_code_sum(op, loop);
+  T* spare = take_pieces(op, loop, 4, threads);
+  T* partial = take<T>(op, chunks * numbers);
+  if (op.counting) return nullptr;
+  prepare(loop, grids.shape[0]);
+  if (numbers) memset(partial, 0, chunks * numbers * sizeof(T));
 #pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, chunks, j);
+    const Chunk chunk = chunk_of(loop.batch, j);
     T *rest = own(loop, spare, 4), *grad = rest + 3 * piece(loop);
-    T* phi_share = numbers ? data<T>(partial_phi) + j * numbers : nullptr;
-    if (numbers) memset(phi_share, 0, numbers * sizeof(T));
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
       if (grad_map.data)
         load_map(grad_map, b, channels, size.cells(), grad);
       else
-        memset(grad, 0, size.h * width * sizeof(T));
+        memset(grad, 0, loop.map() * sizeof(T));
       int64_t at = (b + 1) * loop.length;
       const T* input = grad_inputs.data ? data<T>(grad_inputs) + (b + 1) * grad_inputs.shape[1] * channels : nullptr;
       for (int64_t s = loop.scales - 1; s >= 0; --s) {
@@ -128,32 +127,29 @@ static Error backward(const View& indices, const View& code_rows, const View& co
         }
         const int64_t cells = loop.grid(s).cells();
         at -= cells;
-        T* rows = data<T>(gaps) + at * channels;
+        T* rows = sum.gaps + at * channels;
         if (dropped(data<int64_t>(indices) + at, cells))
           memset(rows, 0, cells * channels * sizeof(T));
         else
-          step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, phi_share, phi_share + kernels, rest,
+          step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, partial + j * numbers, rest,
                           chunks > 1 ? 1 : threads);
       }
     }
   }
-  if (grad_phi.data) sum_chunks(data<T>(partial_phi), chunks, numbers, data<T>(grad_phi));
-  sum_by_code(tables, data<int64_t>(indices), data<T>(gaps), data<T>(code_rows), data<T>(code_norms),
-              loop.batch * loop.length, order, starts, grad_codebook, threads);
+  if (grad_weight.data) sum_chunks(loop, partial, grad_weight, grad_bias);
+  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook), threads);
   return nullptr;
 }
 
-Error multiscale_decode_backward(View indices, View code_rows, View code_norms, View grad_map, View grad_inputs,
-                                 Tables tables, View grids, int64_t height, int64_t width, View phi,
-                                 View phi_transposed, View bias, double ratio, int64_t chunks, View bands, View spare,
-                                 View gaps, View partial_phi, View order, View starts, View grad_codebook,
-                                 View grad_phi, int threads) noexcept {
+Error multiscale_decode_backward(Call& call, View indices, View code_rows, View code_norms, View grad_map,
+                                 View grad_inputs, Tables tables, View grids, int64_t height, int64_t width,
+                                 View weight, View bias, double ratio, View grad_codebook, View grad_weight,
+                                 View grad_bias, int threads) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(code_rows, 3) || !dense(grad_codebook, 2))
     return "multiscale_decode_backward: wanted contiguous indices [B, L], code_rows [B, L, C], grad_codebook [K, C]";
   const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
-  return of_type(indices, code_rows, code_norms, grad_map, grad_inputs, tables, grids, {height, width}, phi,
-                 phi_transposed, bias, ratio, chunks, bands, spare, gaps, partial_phi, order, starts, grad_codebook,
-                 grad_phi, threads);
+  return of_type(call, indices, code_rows, code_norms, grad_map, grad_inputs, tables, grids, {height, width}, weight,
+                 bias, ratio, grad_codebook, grad_weight, grad_bias, threads);
 }
 
 TOKENFLOW_END

@@ -20,13 +20,13 @@ static int64_t rows_to_search(const Loop<T>& loop) {
 }
 
 template <class T>
-struct Call {
+struct Forward {
   Loop<T> loop;
   bool accumulated;
   int threads;
   T *residual, *sum;                 // [B, H W, C]
   T *searched, *staged;              // [B max(h w), C]: y, and its staged copy, which makes room for the code
-  View spare;                        // [threads, 3 pieces]
+  T* spare;                          // 3 pieces a thread
   T *rows, *code_rows, *code_norms;  // [B, L, C], [B, L, C], [B, L, T], or null
   int64_t* indices;                  // [B, L]
   double* partial;                   // [B max(h w, H)]: errors of rows, or of map rows
@@ -34,7 +34,7 @@ struct Call {
 
 // Some rows of one image's Down r: searched, staged and kept; a row that is not finite becomes NaN. Counts those.
 template <class T>
-static int64_t pool(const Call<T>& call, int64_t s, int64_t offset, Part part) {
+static int64_t pool(const Forward<T>& call, int64_t s, int64_t offset, Part part) {
   const Loop<T>& loop = call.loop;
   const Axes<T> area = loop.area(s);
   const int64_t width = area.out.w, channels = loop.channels;
@@ -57,7 +57,7 @@ static int64_t pool(const Call<T>& call, int64_t s, int64_t offset, Part part) {
 
 // Row n of scale s has its id: the code, its norms and its error |code - y|^2. A NaN row gets id 0, NaN and no error.
 template <class T>
-static void finish_row(const Call<T>& call, int64_t s, int64_t offset, int64_t n, int64_t id) {
+static void finish_row(const Forward<T>& call, int64_t s, int64_t offset, int64_t n, int64_t id) {
   const Loop<T>& loop = call.loop;
   const int64_t cells = loop.grid(s).cells(), channels = loop.channels;
   const int64_t at = n / cells * loop.length + offset + n % cells;
@@ -75,7 +75,7 @@ static void finish_row(const Call<T>& call, int64_t s, int64_t offset, int64_t n
 
 // ids of the staged rows of one scale.
 template <class T>
-static void search_scale(const Call<T>& call, const Index<T>& index, int64_t s, int64_t offset) {
+static void search_scale(const Forward<T>& call, const Index<T>& index, int64_t s, int64_t offset) {
   const Loop<T>& loop = call.loop;
   const int64_t cells = loop.grid(s).cells(), rows = loop.batch * cells;
   const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
@@ -104,7 +104,7 @@ static double squares(const T* x, int64_t n, int64_t channels) {
 
 // Some map rows of one image: the step of scale s into f and out of r.
 template <class T>
-static void advance(const Call<T>& call, int64_t s, int64_t offset, Part part) {
+static void advance(const Forward<T>& call, int64_t s, int64_t offset, Part part) {
   const Loop<T>& loop = call.loop;
   const int64_t cells = loop.grid(s).cells(), width = loop.width();
   T* spare = own(loop, call.spare, 3);
@@ -123,14 +123,15 @@ static void advance(const Call<T>& call, int64_t s, int64_t offset, Part part) {
   }
 }
 
+// Returns how many rows are not finite.
 template <class T>
-static void forward(const Call<T>& call, double loss_weight, const View& features, const View& workspace,
-                    const View& quantized, const View& loss, const View& status) {
+static int64_t forward(const Forward<T>& call, double loss_weight, const View& features, const View& workspace,
+                       const View& quantized, const View& loss) {
   const Loop<T>& loop = call.loop;
   const int64_t batch = loop.batch, channels = loop.channels, pixels = loop.size.cells();
   const Index<T> index =
       make_index(loop.codebook, loop.codes, channels, loop.tables, rows_to_search(loop), workspace, call.threads);
-  fill_bands(loop, loop.scales);
+  prepare(loop, loop.scales);
   for_parts(batch, 1, 2 * loop.map(), call.threads, [&](Part part) {
     load_map(features, part.image, channels, pixels, call.residual + part.image * loop.map());
     memset(call.sum + part.image * loop.map(), 0, loop.map() * sizeof(T));
@@ -157,59 +158,56 @@ static void forward(const Call<T>& call, double loss_weight, const View& feature
   for_parts(batch, 1, 2 * loop.map(), call.threads,
             [&](Part part) { store_map(quantized, part.image, channels, pixels, call.sum + part.image * loop.map()); });
   data<T>(loss)[0] = static_cast<T>(loss_weight * total / static_cast<double>(loop.scales));
-  data<int64_t>(status)[0] = bad;
+  return bad;
 }
 
 template <class T>
-static Error run(const View& features, const View& codebook, const Tables& tables, const View& grids, const View& phi,
-                 const View& bias, double ratio, bool accumulated, double loss_weight, const View& bands,
-                 const View& workspace, const View& maps, const View& staged, const View& spare, const View& partial,
+static Error run(Call& op, const View& features, const View& codebook, const Tables& tables, const View& grids,
+                 const View& weight, const View& bias, double ratio, bool accumulated, double loss_weight,
                  const View& quantized, const View& indices, const View& loss, const View& rows, const View& code_rows,
-                 const View& code_norms, const View& status, int threads) {
-  Call<T> call = {};
+                 const View& code_norms, int threads) {
+  Forward<T> call = {};
   const Grid size = {features.shape[2], features.shape[3]};
-  if (const Error error = make_loop(features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids,
-                                    size, phi, View{nullptr, kNone}, bias, ratio, bands, &call.loop))
+  if (const Error error = make_loop(op, features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids,
+                                    size, weight, bias, ratio, false, &call.loop))
     return error;
   const Loop<T>& loop = call.loop;
-  const Type real = type_of<T>();
   const int64_t images = loop.batch * loop.map(), numbers = loop.batch * loop.length * loop.channels;
+  if (!holds(quantized, features.type, images) || !holds(loss, type_of<T>(), 1) ||
+      (rows.type != kNone && !holds(rows, type_of<T>(), numbers)) ||
+      (code_rows.type != kNone && !holds_codes(loop, code_rows, code_norms)))
+    return "multiscale_quantize: wanted outputs that fit the maps";
   int64_t largest = 0;
   for (int64_t s = 0; s < loop.scales; ++s) largest = loop.grid(s).cells() > largest ? loop.grid(s).cells() : largest;
-  const int64_t errors = loop.batch * (largest > size.h ? largest : size.h);
-  if (!holds_spare(loop, spare, 3, threads) || (rows.type != kNone && !holds(rows, real, numbers)) ||
-      (code_rows.type != kNone && !holds_codes(loop, code_rows, code_norms)) ||
-      !holds(quantized, features.type, images) || !holds(loss, real, 1) || !holds(status, kInt64, 1) ||
-      !holds_search(real, workspace, rows_to_search(loop), loop.codes, loop.channels, threads) || !holds(maps, real, 2 * images) ||
-      !holds(staged, real, 2 * loop.batch * largest * loop.channels) || !holds(partial, kFloat64, errors))
-    return "multiscale_quantize: wanted outputs and workspace that fit the maps";
   call.accumulated = accumulated;
   call.threads = threads;
-  call.residual = data<T>(maps);
-  call.sum = call.residual + images;
-  call.searched = data<T>(staged);
-  call.staged = call.searched + loop.batch * largest * loop.channels;
-  call.spare = spare;
+  call.residual = take<T>(op, images);
+  call.sum = take<T>(op, images);
+  call.searched = take<T>(op, loop.batch * largest * loop.channels);
+  call.staged = take<T>(op, loop.batch * largest * loop.channels);
+  call.spare = take_pieces(op, loop, 3, threads);
+  call.partial = take<double>(op, loop.batch * (largest > size.h ? largest : size.h));
+  const int64_t bytes = bytes_of_search<T>(rows_to_search(loop), loop.codes, loop.channels, threads);
+  const View workspace = {take<char>(op, bytes), kUInt8, 1, -1, true, {bytes}};
+  if (op.counting) return nullptr;
   call.rows = data<T>(rows);
   call.code_rows = data<T>(code_rows);
   call.code_norms = data<T>(code_norms);
   call.indices = data<int64_t>(indices);
-  call.partial = data<double>(partial);
-  forward(call, loss_weight, features, workspace, quantized, loss, status);
+  op.rows_not_finite = forward(call, loss_weight, features, workspace, quantized, loss);
   return nullptr;
 }
 
-Error multiscale_quantize(View features, View codebook, Tables tables, View grids, View phi, View bias, double ratio,
-                          bool accumulated, double loss_weight, View bands, View workspace, View maps, View staged,
-                          View spare, View partial, View quantized, View indices, View loss, View rows, View code_rows,
-                          View code_norms, View status, int threads) noexcept {
+Error multiscale_quantize(Call& call, View features, View codebook, Tables tables, View grids, View weight, View bias,
+                          double ratio, bool accumulated, double loss_weight, View quantized, View indices, View loss,
+                          View rows, View code_rows, View code_norms, int threads) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
       indices.shape[0] != features.shape[0])
     return "multiscale_quantize: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   if (!dense(codebook, 2)) return "multiscale_quantize: codebook: wanted contiguous [K, C]";
   const auto of_type = codebook.type == kFloat64 ? run<double> : run<float>;
-  return of_type(features, codebook, tables, grids, phi, bias, ratio, accumulated, loss_weight, bands, workspace, maps,
-                 staged, spare, partial, quantized, indices, loss, rows, code_rows, code_norms, status, threads);
+  return of_type(call, features, codebook, tables, grids, weight, bias, ratio, accumulated, loss_weight, quantized,
+                 indices, loss, rows, code_rows, code_norms, threads);
 }
 
 TOKENFLOW_END

@@ -5,14 +5,14 @@
 //   N),
 //                and dstep_s goes through phi_s and Up_s^T to the codes and to phi
 // `quantized` sends nothing to codebooks or phi. Rows and pixels with NaN are left out. Codes are summed in row order.
-#include "cpu/multiscale_step.h"
+#include "cpu/multiscale_gradient.h"
 
 TOKENFLOW_BEGIN
 
 template <class T>
 struct Backward {
   Loop<T> loop;
-  const T *rows, *code_rows, *code_norms;  // [B, L, C], [B, L, C], [B, L, T]
+  const T *rows, *code_rows;  // [B, L, C] each
   View features, grad_quantized, grad_features;
   double loss_scale;  // 2 grad_loss / S
   double commitment, codebook;
@@ -91,7 +91,7 @@ static void image_on_codes(const Backward<T>& call, int64_t b, T* spare) {
 
 // Image b, loss on accumulated maps, whose gaps f_s - x are the negated residuals. spare: 5 + S pieces.
 template <class T>
-static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* grad_phi, T* grad_bias) {
+static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* grad_phi) {
   const Loop<T>& loop = call.loop;
   const int64_t channels = loop.channels, width = loop.width();
   const double scale = call.loss_scale / static_cast<double>(loop.batch * loop.map());
@@ -131,7 +131,7 @@ static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* grad_
       }
     }
     T* rows = call.gaps + at * channels;
-    step_transposed(loop, s, call.code_rows + at * channels, grad_step, rows, grad_phi, grad_bias, spare, call.threads);
+    step_transposed(loop, s, call.code_rows + at * channels, grad_step, rows, grad_phi, spare, call.threads);
     for (int64_t r = 0; r < cells; ++r) {
       const T* code = call.code_rows + (at + r) * channels;
       if (!(code[0] == code[0])) memset(rows + r * channels, 0, channels * sizeof(T));
@@ -141,75 +141,70 @@ static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* grad_
 }
 
 template <class T>
-static Error run(const View& features, const View& indices, const View& rows, const View& code_rows,
+static Error run(Call& op, const View& features, const View& indices, const View& rows, const View& code_rows,
                  const View& code_norms, const View& grad_quantized, const View& grad_loss, const Tables& tables,
-                 const View& grids, const View& phi, const View& phi_transposed, const View& bias, double ratio,
-                 bool accumulated, double commitment_weight, double codebook_weight, int64_t chunks, const View& bands,
-                 const View& spare, const View& gaps, const View& partial_phi, const View& order, const View& starts,
-                 const View& grad_features, const View& grad_codebook, const View& grad_phi, int threads) {
+                 const View& grids, const View& weight, const View& bias, double ratio, bool accumulated,
+                 double commitment_weight, double codebook_weight, const View& grad_features, const View& grad_codebook,
+                 const View& grad_weight, const View& grad_bias, int threads) {
   Backward<T> call = {};
   const Grid size = {features.shape[2], features.shape[3]};
-  if (const Error error = make_loop(indices.shape[0], indices.shape[1], grad_codebook, features.shape[1], tables, grids,
-                                    size, phi, phi_transposed, bias, ratio, bands, &call.loop))
+  if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], grad_codebook, features.shape[1], tables,
+                                    grids, size, weight, bias, ratio, true, &call.loop))
     return error;
   const Loop<T>& loop = call.loop;
+  const Type real = type_of<T>();
+  const int64_t images = loop.batch * loop.map(), chunks = chunks_of(loop.batch), numbers = loop.phi_numbers();
+  const int64_t pieces = accumulated ? 5 + loop.scales : 5;
+  if (!holds_codes(loop, code_rows, code_norms) || !holds(rows, real, loop.batch * loop.length * loop.channels) ||
+      (grad_quantized.type != kNone &&
+       (!floating(grad_quantized) || !holds(grad_quantized, grad_quantized.type, images))) ||
+      (grad_loss.type != kNone && !holds(grad_loss, real, 1)) || !holds_phi(loop, grad_weight, grad_bias) ||
+      (grad_features.type != kNone && !holds(grad_features, features.type, images)))
+    return "multiscale_quantize_backward: wanted gradients that fit the maps";
+  const CodeSum<T> sum = take_code_sum(op, loop);
+  T* spare = take_pieces(op, loop, pieces, threads);
+  T* partial = take<T>(op, chunks * numbers);
+  if (op.counting) return nullptr;
   call.rows = data<T>(rows);
   call.code_rows = data<T>(code_rows);
-  call.code_norms = data<T>(code_norms);
   call.features = features;
   call.grad_quantized = grad_quantized;
   call.grad_features = grad_features;
   call.commitment = commitment_weight;
   call.codebook = codebook_weight;
-  call.gaps = data<T>(gaps);
+  call.gaps = sum.gaps;
   call.threads = chunks > 1 ? 1 : threads;
-  const int64_t kernels = phi.data ? phi.shape[0] * 9 * loop.channels * loop.channels : 0;
-  const int64_t numbers = phi.data ? kernels + phi.shape[0] * loop.channels : 0;
-  const Type real = type_of<T>();
-  const int64_t images = loop.batch * loop.map(), pieces = accumulated ? 5 + loop.scales : 5;
-  if (chunks < 1 || !holds_spare(loop, spare, pieces, threads) || !holds_codes(loop, code_rows, code_norms) ||
-      !holds_gradients(loop, gaps, order, starts, grad_codebook, partial_phi, grad_phi, chunks, numbers) ||
-      !holds(rows, real, loop.batch * loop.length * loop.channels) ||
-      (grad_quantized.type != kNone &&
-       (!floating(grad_quantized) || !holds(grad_quantized, grad_quantized.type, images))) ||
-      (grad_loss.type != kNone && !holds(grad_loss, real, 1)) ||
-      (grad_features.type != kNone && !holds(grad_features, features.type, images)))
-    return "multiscale_quantize_backward: wanted gradients and workspace that fit the maps";
   call.loss_scale = grad_loss.data ? 2.0 * data<T>(grad_loss)[0] / static_cast<double>(loop.scales) : 0;
-  fill_bands(loop, loop.scales);
+  prepare(loop, loop.scales);
+  if (numbers) memset(partial, 0, chunks * numbers * sizeof(T));
 #pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
-    const Chunk chunk = chunk_of(loop.batch, chunks, j);
-    T* scratch = own(loop, spare, pieces);
-    T* phi_share = numbers ? data<T>(partial_phi) + j * numbers : nullptr;
-    if (numbers) memset(phi_share, 0, numbers * sizeof(T));
+    const Chunk chunk = chunk_of(loop.batch, j);
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
       if (accumulated)
-        image_on_maps(call, b, scratch, phi_share, phi_share + kernels);
+        image_on_maps(call, b, own(loop, spare, pieces), partial + j * numbers);
       else
-        image_on_codes(call, b, scratch);
+        image_on_codes(call, b, own(loop, spare, pieces));
     }
   }
-  if (grad_phi.data) sum_chunks(data<T>(partial_phi), chunks, numbers, data<T>(grad_phi));
+  if (grad_weight.data) sum_chunks(loop, partial, grad_weight, grad_bias);
   if (grad_codebook.data)
-    sum_by_code(tables, data<int64_t>(indices), call.gaps, call.code_rows, call.code_norms, loop.batch * loop.length,
-                order, starts, grad_codebook, threads);
+    sum.run(loop, data<int64_t>(indices), call.code_rows, data<T>(code_norms), data<T>(grad_codebook), threads);
   return nullptr;
 }
 
-Error multiscale_quantize_backward(View features, View indices, View rows, View code_rows, View code_norms,
-                                   View grad_quantized, View grad_loss, Tables tables, View grids, View phi,
-                                   View phi_transposed, View bias, double ratio, bool accumulated,
-                                   double commitment_weight, double codebook_weight, int64_t chunks, View bands,
-                                   View spare, View gaps, View partial_phi, View order, View starts, View grad_features,
-                                   View grad_codebook, View grad_phi, int threads) noexcept {
+Error multiscale_quantize_backward(Call& call, View features, View indices, View rows, View code_rows, View code_norms,
+                                   View grad_quantized, View grad_loss, Tables tables, View grids, View weight,
+                                   View bias, double ratio, bool accumulated, double commitment_weight,
+                                   double codebook_weight, View grad_features, View grad_codebook, View grad_weight,
+                                   View grad_bias, int threads) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
       indices.shape[0] != features.shape[0])
     return "multiscale_quantize_backward: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   const auto of_type = rows.type == kFloat64 ? run<double> : run<float>;
-  return of_type(features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, tables, grids, phi,
-                 phi_transposed, bias, ratio, accumulated, commitment_weight, codebook_weight, chunks, bands, spare,
-                 gaps, partial_phi, order, starts, grad_features, grad_codebook, grad_phi, threads);
+  return of_type(call, features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, tables, grids, weight,
+                 bias, ratio, accumulated, commitment_weight, codebook_weight, grad_features, grad_codebook,
+                 grad_weight, grad_bias, threads);
 }
 
 TOKENFLOW_END

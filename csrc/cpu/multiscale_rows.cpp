@@ -7,20 +7,21 @@
 TOKENFLOW_BEGIN
 
 template <class T>
-static Error forward(const View& features, const View& indices, const View& codebook, const Tables& tables,
-                     const View& grids, const View& phi, const View& bias, double ratio, const View& bands,
-                     const View& spare, const View& rows_view, const View& kept_view, const View& status, int threads) {
+static Error forward(Call& op, const View& features, const View& indices, const View& codebook, const Tables& tables,
+                     const View& grids, const View& weight, const View& bias, double ratio, const View& rows_view,
+                     const View& kept_view, int threads) {
   Loop<T> loop;
   const Grid size = {features.shape[2], features.shape[3]};
-  if (const Error error = make_loop(features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids,
-                                    size, phi, View{nullptr, kNone}, bias, ratio, bands, &loop))
+  if (const Error error = make_loop(op, features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids,
+                                    size, weight, bias, ratio, false, &loop))
     return error;
   const int64_t channels = loop.channels, width = loop.width(), numbers = loop.batch * loop.length;
-  if (!holds_spare(loop, spare, 5, threads) || !holds(rows_view, type_of<T>(), numbers * channels) ||
-      !holds(kept_view, type_of<T>(), numbers) || !holds(status, kInt64, 1))
-    return "multiscale_rows: wanted outputs and workspace that fit the maps";
+  if (!holds(rows_view, type_of<T>(), numbers * channels) || !holds(kept_view, type_of<T>(), numbers))
+    return "multiscale_rows: wanted outputs that fit the maps";
+  T* spare = take_pieces(op, loop, 5, threads);
+  if (op.counting) return nullptr;
+  prepare(loop, loop.scales);
   int64_t outside = 0;
-  fill_bands(loop, loop.scales);
   for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
     T* rest = own(loop, spare, 5);
     T *row = rest + 2 * piece(loop), *residual = row + piece(loop), *codes = residual + piece(loop);
@@ -56,37 +57,37 @@ static Error forward(const View& features, const View& indices, const View& code
 #pragma omp atomic
     outside += here;
   });
-  data<int64_t>(status)[0] = outside;
+  op.ids_outside = outside;
   return nullptr;
 }
 
-Error multiscale_rows(View features, View indices, View codebook, Tables tables, View grids, View phi, View bias,
-                      double ratio, View bands, View spare, View rows, View kept, View status, int threads) noexcept {
+Error multiscale_rows(Call& call, View features, View indices, View codebook, Tables tables, View grids, View weight,
+                      View bias, double ratio, View rows, View kept, int threads) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
       indices.shape[0] != features.shape[0])
     return "multiscale_rows: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   if (!dense(codebook, 2)) return "multiscale_rows: codebook: wanted contiguous [K, C]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
-  return of_type(features, indices, codebook, tables, grids, phi, bias, ratio, bands, spare, rows, kept, status,
-                 threads);
+  return of_type(call, features, indices, codebook, tables, grids, weight, bias, ratio, rows, kept, threads);
 }
 
 template <class T>
-static Error backward(const View& kept_view, const View& grad_rows, const View& grids, const View& bands,
-                      const View& spare, const View& grad_features, int threads) {
+static Error backward(Call& op, const View& kept_view, const View& grad_rows, const View& grids,
+                      const View& grad_features, int threads) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
   const int64_t channels = grad_features.shape[1];
   const Tables tables = {1, false, false, false, {channels}, {1}};
-  if (const Error error =
-          make_loop(grad_features.shape[0], kept_view.shape[1], none, channels, tables, grids,
-                    {grad_features.shape[2], grad_features.shape[3]}, none, none, none, 0, bands, &loop))
+  if (const Error error = make_loop(op, grad_features.shape[0], kept_view.shape[1], none, channels, tables, grids,
+                                    {grad_features.shape[2], grad_features.shape[3]}, none, none, 0, false, &loop))
     return error;
   const int64_t numbers = loop.batch * loop.length;
   if (kept_view.shape[0] != loop.batch || !holds(kept_view, type_of<T>(), numbers) ||
-      !holds(grad_rows, type_of<T>(), numbers * channels) || !holds_spare(loop, spare, 3, threads))
-    return "multiscale_rows_backward: wanted gradients and workspace that fit the maps";
-  fill_bands(loop, loop.scales);
+      !holds(grad_rows, type_of<T>(), numbers * channels))
+    return "multiscale_rows_backward: wanted gradients that fit the maps";
+  T* spare = take_pieces(op, loop, 3, threads);
+  if (op.counting) return nullptr;
+  prepare(loop, loop.scales);
   for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
     T* rows = own(loop, spare, 3);
     T *row = rows + piece(loop), *total = row + piece(loop);
@@ -104,12 +105,12 @@ static Error backward(const View& kept_view, const View& grad_rows, const View& 
   return nullptr;
 }
 
-Error multiscale_rows_backward(View kept, View grad_rows, View grids, View bands, View spare, View grad_features,
+Error multiscale_rows_backward(Call& call, View kept, View grad_rows, View grids, View grad_features,
                                int threads) noexcept {
   if (!dense(kept, 2) || !dense(grad_rows, 3) || !dense(grad_features, 4) || !floating(grad_features))
     return "multiscale_rows_backward: wanted contiguous kept [B, L], grad_rows [B, L, C], grad_features [B, C, H, W]";
   const auto of_type = grad_rows.type == kFloat64 ? backward<double> : backward<float>;
-  return of_type(kept, grad_rows, grids, bands, spare, grad_features, threads);
+  return of_type(call, kept, grad_rows, grids, grad_features, threads);
 }
 
 TOKENFLOW_END

@@ -35,7 +35,7 @@ struct Refinement {
 template <class T>
 static Refinement<T> refinement(const Loop<T>& loop, int64_t s) {
   const int64_t p = loop.phi_row(s);
-  return {loop, loop.phi + p * loop.kernel(), loop.bias + p * padded(loop.channels)};
+  return {loop, loop.kernels + p * loop.kernel(), loop.start + p * padded(loop.channels)};
 }
 
 // The step of scale s for map rows [first, last): `begin` once, then `row` by row. Two pieces of scratch.
@@ -49,32 +49,32 @@ struct Step {
 
   // codes [h w, C]; with phi, rows at both ends need their neighbours.
   void begin(const T* codes, int64_t first, int64_t last) const {
-    if (loop.phi && first > 0) --first;
-    if (loop.phi && last < loop.size.h) ++last;
+    if (loop.weight && first > 0) --first;
+    if (loop.weight && last < loop.size.h) ++last;
     const Axes<T> bicubic = loop.bicubic(s);
     widen(bicubic, codes, loop.channels, first, last, across);
-    if (!loop.phi) return;
+    if (!loop.weight) return;
     const Refinement<T> phi = refinement(loop, s);
     phi.clear_padding(up, first, last);
     for (int64_t y = first; y < last; ++y) blend(bicubic.rows[y], across, loop.width(), loop.width(), phi.inner(up, y));
   }
   // Row y of the step, out [W, C].
   void row(int64_t y, T* out) const {
-    if (loop.phi)
+    if (loop.weight)
       refinement(loop, s).row(up, y, out);
     else
       blend(loop.bicubic(s).rows[y], across, loop.width(), loop.width(), out);
   }
 };
 
-// grad_codes [h w, C] from grad_step [H W, C], and phi's share into grad_phi [P, 9, out, in], grad_bias [P, C], with so
-// many threads. Codes that are not numbers are left out. Three pieces of scratch.
+// grad_codes [h w, C] from grad_step [H W, C], and phi's share onto grad_phi, [P, 9, out, in] and [P, C], with so many
+// threads. Codes that are not numbers are left out. Three pieces of scratch.
 template <class T>
 static void step_transposed(const Loop<T>& loop, int64_t s, const T* codes, const T* grad_step, T* grad_codes,
-                            T* grad_phi, T* grad_bias, T* spare, int threads) {
+                            T* grad_phi, T* spare, int threads) {
   T* grad_up = spare + 2 * piece(loop);
   T* across = spare + piece(loop);
-  if (!loop.phi) {
+  if (!loop.weight) {
     up_transposed(loop.bicubic(s), grad_step, loop.channels, grad_codes, across);
     return;
   }
@@ -86,9 +86,10 @@ static void step_transposed(const Loop<T>& loop, int64_t s, const T* codes, cons
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t tap = 0; tap < 9; ++tap)
     conv3x3_grad_tap(map, grad_step, loop.size, channels, tap, loop.ratio, grad_phi + p * 9 * channels * channels);
-  for (int64_t i = 0; i < loop.size.cells(); ++i)
-    for (int64_t d = 0; d < channels; ++d) grad_bias[p * channels + d] += loop.ratio * grad_step[i * channels + d];
-  const Refinement<T> turned = {loop, loop.phi_transposed + p * loop.kernel(), nullptr};
+  T* grad_bias = grad_phi + loop.phi_rows * 9 * channels * channels + p * channels;
+  for (int64_t i = 0; i < loop.map(); i += channels)
+    for (int64_t d = 0; d < channels; ++d) grad_bias[d] += loop.ratio * grad_step[i + d];
+  const Refinement<T> turned = {loop, loop.turned + p * loop.kernel(), nullptr};
   for (int64_t y = 0; y < loop.size.h; ++y) memcpy(turned.inner(map, y), grad_step + y * width, width * sizeof(T));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t y = 0; y < loop.size.h; ++y) turned.row(map, y, grad_up + y * width);

@@ -2,21 +2,8 @@
 
 import torch
 
-from tokenflow_ext.ops._multiscale_common import (
-    band_space,
-    cells_of,
-    chunks_of,
-    grid_rows,
-    kernels_of,
-    norms_space,
-    phi_numbers,
-    pieces,
-    refuse_outside,
-    sort_space,
-    split_phi,
-    turned_kernels_of,
-)
-from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, view
+from tokenflow_ext.ops._multiscale_common import cells_of, contiguous, grid_rows, norms_space, refuse_outside
+from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -25,16 +12,12 @@ def _tables(widths, unit_codes: bool):
 
 
 def _rows(features, indices, codebook, weight, bias, grids, widths, unit_codes, ratio):
-    features, indices, codebook = features.contiguous(), indices.contiguous(), codebook.contiguous()
-    size, workers, (kernels, bias) = features.shape[2:], threads(), kernels_of(weight, bias)
+    features, indices, codebook, weight, bias = contiguous(features, indices, codebook, weight, bias)
     rows, kept = codebook.new_empty((*indices.shape, codebook.shape[1])), codebook.new_empty(indices.shape)
-    bands, spare = band_space(codebook, grids, size), pieces(codebook, 5, size, workers)
-    status, scales = torch.empty(1, dtype=torch.int64), grid_rows(grids)
-    _C.multiscale_rows(
-        view(features), view(indices), view(codebook), _tables(widths, unit_codes), view(scales), view(kernels), view(bias),
-        ratio, view(bands), view(spare), view(rows), view(kept), view(status), workers,
+    outside, _ = _C.multiscale_rows(
+        features, indices, codebook, _tables(widths, unit_codes), grid_rows(grids), weight, bias, ratio, rows, kept, threads()
     )  # fmt: skip
-    refuse_outside("multiscale_rows", status, codebook.shape[0])
+    refuse_outside("multiscale_rows", outside, codebook.shape[0])
     return rows, kept
 
 
@@ -43,14 +26,8 @@ def _rows_fake(features, indices, codebook, weight, bias, grids, widths, unit_co
 
 
 def _rows_backward(kept, grad_rows, grids, height, width):
-    grad_rows = grad_rows.contiguous()
-    batch, _, channels = grad_rows.shape
-    grad_features = grad_rows.new_empty((batch, channels, height, width))
-    size, scales, workers = (height, width), grid_rows(grids), threads()
-    bands, spare = band_space(grad_rows, grids, size), pieces(grad_rows, 3, size, workers)
-    _C.multiscale_rows_backward(
-        view(kept), view(grad_rows), view(scales), view(bands), view(spare), view(grad_features), workers
-    )
+    grad_features = grad_rows.new_empty((grad_rows.shape[0], grad_rows.shape[2], height, width))
+    _C.multiscale_rows_backward(kept, grad_rows.contiguous(), grid_rows(grids), grad_features, threads())
     return grad_features
 
 
@@ -101,20 +78,15 @@ def _decode_shape(indices, codebook, grids, height, width, as_inputs):
 
 
 def _decode(indices, codebook, weight, bias, grids, height, width, widths, unit_codes, ratio, as_inputs):
-    indices, codebook = indices.contiguous(), codebook.contiguous()
-    channels, size, workers, (kernels, bias) = codebook.shape[1], (height, width), threads(), kernels_of(weight, bias)
+    indices, codebook, weight, bias = contiguous(indices, codebook, weight, bias)
     out = codebook.new_empty(_decode_shape(indices, codebook, grids, height, width, as_inputs))
-    code_rows = codebook.new_empty((*indices.shape, channels))
+    code_rows = codebook.new_empty((*indices.shape, codebook.shape[1]))
     code_norms = norms_space(codebook, (*indices.shape, len(widths)), unit_codes)
-    maps = codebook.new_empty((indices.shape[0], height * width, channels))
-    bands, spare = band_space(codebook, grids, size), pieces(codebook, 3, size, workers)
-    status, scales = torch.empty(1, dtype=torch.int64), grid_rows(grids)
-    _C.multiscale_decode(
-        view(indices), view(codebook), _tables(widths, unit_codes), view(scales), height, width, view(kernels), view(bias),
-        ratio, view(bands), view(maps), view(spare), view(None if as_inputs else out), view(out if as_inputs else None),
-        view(code_rows), view(code_norms), view(status), workers,
+    outside, _ = _C.multiscale_decode(
+        indices, codebook, _tables(widths, unit_codes), grid_rows(grids), height, width, weight, bias, ratio,
+        None if as_inputs else out, out if as_inputs else None, code_rows, code_norms, threads(),
     )  # fmt: skip
-    refuse_outside("multiscale_inputs" if as_inputs else "multiscale_decode", status, codebook.shape[0])
+    refuse_outside("multiscale_inputs" if as_inputs else "multiscale_decode", outside, codebook.shape[0])
     return out, code_rows, code_norms
 
 
@@ -129,22 +101,14 @@ def _decode_fake(indices, codebook, weight, bias, grids, height, width, widths, 
 def _decode_backward(
     indices, code_rows, code_norms, grad, weight, bias, codes, grids, height, width, widths, unit_codes, ratio, as_inputs
 ):  # fmt: skip
-    indices, grad = indices.contiguous(), grad.contiguous()
-    channels, chunks, size, workers = code_rows.shape[2], chunks_of(indices.shape[0]), (height, width), threads()
-    (kernels, bias), turned, scales = kernels_of(weight, bias), turned_kernels_of(weight), grid_rows(grids)
-    bands, spare = band_space(code_rows, grids, size), pieces(code_rows, 4, size, workers)
-    gaps = torch.empty_like(code_rows)
-    partial_phi, grad_phi = code_rows.new_empty((chunks, phi_numbers(weight))), code_rows.new_empty(phi_numbers(weight))
-    order, starts = sort_space(indices, codes)
-    grad_codebook = code_rows.new_empty((codes, channels))
+    indices, grad, weight, bias = contiguous(indices, grad, weight, bias)
+    grad_codebook = code_rows.new_empty((codes, code_rows.shape[2]))
+    grad_phi = (None, None) if weight is None else (torch.empty_like(weight), torch.empty_like(bias))
     _C.multiscale_decode_backward(
-        view(indices), view(code_rows), view(code_norms), view(None if as_inputs else grad), view(grad if as_inputs else None),
-        _tables(widths, unit_codes), view(scales), height, width, view(kernels), view(turned), view(bias), ratio, chunks,
-        view(bands), view(spare), view(gaps), view(partial_phi), view(order), view(starts), view(grad_codebook),
-        view(None if weight is None else grad_phi), workers,
+        indices, code_rows, code_norms, None if as_inputs else grad, grad if as_inputs else None,
+        _tables(widths, unit_codes), grid_rows(grids), height, width, weight, bias, ratio, grad_codebook, *grad_phi, threads(),
     )  # fmt: skip
-    empty = code_rows.new_empty
-    return grad_codebook, *(split_phi(grad_phi, weight) if weight is not None else (empty(0), empty(0)))
+    return grad_codebook, *(code_rows.new_empty(0) if g is None else g for g in grad_phi)
 
 
 def _decode_backward_fake(
@@ -192,24 +156,15 @@ torch.library.register_autograd(
 )
 
 
-def _largest(grids) -> tuple[int, int]:
-    """The chain has no map of its own: its scratch holds any of its grids."""
-    return max(grids[::3]), max(grids[1::3])
-
-
 def _chain(indices, codebook, grids, widths, unit_codes, refine):
-    indices, codebook = indices.contiguous(), codebook.contiguous()
-    channels, scales, workers, size = codebook.shape[1], grid_rows(grids), threads(), _largest(grids)
-    inputs = codebook.new_empty((indices.shape[0], _input_rows(grids, indices.shape[1]), channels))
-    code_rows = codebook.new_empty((*indices.shape, channels))
+    indices, codebook = contiguous(indices, codebook)
+    inputs = codebook.new_empty((indices.shape[0], _input_rows(grids, indices.shape[1]), codebook.shape[1]))
+    code_rows = codebook.new_empty((*indices.shape, codebook.shape[1]))
     code_norms = norms_space(codebook, (*indices.shape, len(widths)), unit_codes)
-    bands, spare = band_space(codebook, grids, size), pieces(codebook, 3, size, workers)
-    status = torch.empty(1, dtype=torch.int64)
-    _C.multiscale_chain(
-        view(indices), view(codebook), _tables(widths, unit_codes), view(scales), refine, view(bands), view(spare),
-        view(inputs), view(code_rows), view(code_norms), view(status), workers,
+    outside, _ = _C.multiscale_chain(
+        indices, codebook, _tables(widths, unit_codes), grid_rows(grids), refine, inputs, code_rows, code_norms, threads()
     )  # fmt: skip
-    refuse_outside("multiscale_inputs", status, codebook.shape[0])
+    refuse_outside("multiscale_inputs", outside, codebook.shape[0])
     return inputs, code_rows, code_norms
 
 
@@ -222,14 +177,11 @@ def _chain_fake(indices, codebook, grids, widths, unit_codes, refine):
 
 
 def _chain_backward(indices, code_rows, code_norms, grad_inputs, codes, grids, widths, unit_codes, refine):
-    indices, grad_inputs, scales = indices.contiguous(), grad_inputs.contiguous(), grid_rows(grids)
-    channels, size, workers = code_rows.shape[2], _largest(grids), threads()
-    bands, spare = band_space(code_rows, grids, size), pieces(code_rows, 3, size, workers)
-    gaps, (order, starts) = torch.empty_like(code_rows), sort_space(indices, codes)
-    grad_codebook = code_rows.new_empty((codes, channels))
+    indices, grad_inputs = contiguous(indices, grad_inputs)
+    grad_codebook = code_rows.new_empty((codes, code_rows.shape[2]))
     _C.multiscale_chain_backward(
-        view(indices), view(code_rows), view(code_norms), view(grad_inputs), _tables(widths, unit_codes), view(scales), refine,
-        view(bands), view(spare), view(gaps), view(order), view(starts), view(grad_codebook), workers,
+        indices, code_rows, code_norms, grad_inputs, _tables(widths, unit_codes), grid_rows(grids), refine, grad_codebook,
+        threads(),
     )  # fmt: skip
     return grad_codebook
 

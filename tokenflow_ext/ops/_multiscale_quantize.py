@@ -2,54 +2,30 @@
 
 import torch
 
-from tokenflow_ext.ops._multiscale_common import (
-    band_space,
-    cells_of,
-    chunks_of,
-    grid_rows,
-    kernels_of,
-    norms_space,
-    phi_numbers,
-    pieces,
-    sort_space,
-    split_phi,
-    turned_kernels_of,
-)
-from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, view, warn_non_finite
-from tokenflow_ext.ops.search import search_space, tables_of
+from tokenflow_ext.ops._multiscale_common import cells_of, contiguous, grid_rows, norms_space
+from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, warn_non_finite
+from tokenflow_ext.ops.search import tables_of
 
 
 def _quantize(
     features, codebook, weight, bias, grids, widths, weights, metric, unit_codes, ratio, accumulated, commitment_weight,
     codebook_weight, keep,
 ):  # fmt: skip
-    features, codebook = features.contiguous(), codebook.contiguous()
-    batch, channels, height, width = features.shape
-    cells, size, workers = cells_of(grids), (height, width), threads()
-    length, largest = sum(cells), max(cells)
-    (kernels, bias), rows_of_grids = kernels_of(weight, bias), grid_rows(grids)
+    features, codebook, weight, bias = contiguous(features, codebook, weight, bias)
+    batch, channels = features.shape[:2]
+    length = sum(cells_of(grids))
     quantized, loss = torch.empty_like(features), codebook.new_empty(())
-    indices, status = torch.empty((batch, length), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-    rows = code_rows = code_norms = None
+    indices = torch.empty((batch, length), dtype=torch.int64)
+    kept = None, None, None
     if keep:
-        rows, code_rows = codebook.new_empty((batch, length, channels)), codebook.new_empty((batch, length, channels))
-        code_norms = norms_space(codebook, (batch, length, len(widths)), unit_codes)
-    # One index for all scales, packed even where they have few rows together.
-    workspace = search_space(max(batch * length, 65), codebook.shape[0], channels, codebook.dtype)
-    maps = codebook.new_empty((2, batch, height * width, channels))
-    staged = codebook.new_empty((2, batch * largest, channels))
-    bands, spare = band_space(codebook, grids, size), pieces(codebook, 3, size, workers)
-    partial = torch.empty(batch * max(largest, height), dtype=torch.float64)
-    _C.multiscale_quantize(
-        view(features), view(codebook), tables_of(widths, weights, metric, unit_codes), view(rows_of_grids), view(kernels),
-        view(bias), ratio, accumulated, commitment_weight + codebook_weight, view(bands), view(workspace), view(maps), view(staged),
-        view(spare), view(partial), view(quantized), view(indices), view(loss), view(rows), view(code_rows),
-        view(code_norms), view(status), workers,
+        norms = norms_space(codebook, (batch, length, len(widths)), unit_codes)
+        kept = codebook.new_empty((batch, length, channels)), codebook.new_empty((batch, length, channels)), norms
+    _, bad = _C.multiscale_quantize(
+        features, codebook, tables_of(widths, weights, metric, unit_codes), grid_rows(grids), weight, bias, ratio, accumulated,
+        commitment_weight + codebook_weight, quantized, indices, loss, *kept, threads(),
     )  # fmt: skip
-    warn_non_finite("multiscale_quantize", status)
-    if not keep:
-        rows, code_rows, code_norms = (codebook.new_empty(0) for _ in range(3))
-    return quantized, indices, loss, rows, code_rows, code_norms
+    warn_non_finite("multiscale_quantize", (bad,))
+    return quantized, indices, loss, *(kept if keep else (codebook.new_empty(0) for _ in kept))
 
 
 def _quantize_fake(
@@ -71,30 +47,20 @@ def _quantize_backward(
     features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, weight, bias, codes, grids, widths, metric,
     unit_codes, ratio, accumulated, commitment_weight, codebook_weight, wants_features, wants_codebook, wants_phi,
 ):  # fmt: skip
-    features = features.contiguous()
-    batch, channels, height, width = features.shape
-    grad_quantized = None if grad_quantized is None else grad_quantized.contiguous()
-    (kernels, bias), turned = kernels_of(weight, bias), turned_kernels_of(weight)
-    rows_of_grids, size, chunks, workers = grid_rows(grids), (height, width), chunks_of(batch), threads()
-    bands = band_space(rows, grids, size)
-    spare = pieces(rows, 5 + len(rows_of_grids) if accumulated else 5, size, workers)
-    gaps = torch.empty_like(rows)
-    partial_phi = rows.new_empty((chunks, phi_numbers(weight)))
-    order, starts = sort_space(indices, codes)
-    grad_features = torch.empty_like(features) if wants_features else None
-    grad_codebook = rows.new_empty((codes, channels)) if wants_codebook else None
-    grad_phi = rows.new_empty(phi_numbers(weight)) if wants_phi else None
-    _C.multiscale_quantize_backward(
-        view(features), view(indices), view(rows), view(code_rows), view(code_norms), view(grad_quantized), view(grad_loss),
-        tables_of(widths, [1.0] * len(widths), metric, unit_codes), view(rows_of_grids), view(kernels), view(turned), view(bias),
-        ratio, accumulated, commitment_weight, codebook_weight, chunks, view(bands), view(spare), view(gaps),
-        view(partial_phi), view(order), view(starts), view(grad_features), view(grad_codebook), view(grad_phi), workers,
-    )  # fmt: skip
+    features, grad_quantized, weight, bias = contiguous(features, grad_quantized, weight, bias)
     empty = rows.new_empty
+    grad_features = torch.empty_like(features) if wants_features else None
+    grad_codebook = empty((codes, features.shape[1])) if wants_codebook else None
+    grad_phi = (torch.empty_like(weight), torch.empty_like(bias)) if wants_phi else (None, None)
+    _C.multiscale_quantize_backward(
+        features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss,
+        tables_of(widths, [1.0] * len(widths), metric, unit_codes), grid_rows(grids), weight, bias, ratio, accumulated,
+        commitment_weight, codebook_weight, grad_features, grad_codebook, *grad_phi, threads(),
+    )  # fmt: skip
     return (
         grad_features if wants_features else features.new_empty(0),
         grad_codebook if wants_codebook else empty(0),
-        *(split_phi(grad_phi, weight) if wants_phi else (empty(0), empty(0))),
+        *(grad_phi if wants_phi else (empty(0), empty(0))),
     )
 
 
