@@ -22,18 +22,18 @@
                           View code_norms /*[N, G, T] real or none*/, View indices /*[N, G]*/,                      \
                           View grad_quantized /*[N, G, C] type of x or none*/, View grad_loss /*[] real or none*/,  \
                           Tables tables, double commitment_weight, double codebook_weight,                          \
-                          View spare /*[2, N, G, C] real*/, View order /*[G, N] int64*/,                            \
-                          View starts /*[G, K + 1] int64*/,                                                         \
+                          View spare /*[J, 2, 8, C] real*/, View gaps /*[N, G, C] real or none*/,                   \
+                          View keys /*[N, G] or none*/, View members, View starts, View sums /*see sums.h*/,        \
                           View grad_x /*[N, G, C] type of x or none*/, View grad_codebook /*[G, K, C] or none*/,    \
                           int threads) noexcept;                                                                    \
   Error lookup(View indices /*[N, G]*/, View codebook /*[G, K, C] any float*/, View rows /*[N, G, C] same type*/,   \
                View status /*[1] int64: ids outside the table*/, int threads) noexcept;                             \
-  Error lookup_backward(View indices /*[N, G]*/, View grad_rows /*[N, G, C]*/, View order, View starts,             \
-                        View grad_codebook /*[G, K, C] type of grad_rows*/, int threads) noexcept;                  \
-  Error code_statistics(View x /*[N, G, C] any float*/, View indices /*[N, G]*/, View order, View starts,           \
-                        View counts /*[G, K] real*/, View sums /*[G, K, C] real*/,                                  \
-                        View status /*[2] int64: ids outside, non-finite rows*/, int threads) noexcept;             \
+  Error lookup_backward(View indices /*[N, G]*/, View grad_rows /*[N, G, C]*/, View members, View starts,           \
+                        View sums /*see cpu/sums.h*/, View grad_codebook /*[G, K, C] type of grad_rows*/) noexcept;   \
+  Error code_statistics(View x /*[N, G, C] any float*/, View indices /*[N, G]*/, View members, View starts,         \
+                        View space /*see cpu/sums.h*/, View counts /*[G, K] real*/, View sums /*[G, K, C] real*/,   \
+                        View status /*[2] int64: ids outside, non-finite rows*/) noexcept;             \
   Error ema_update(View codebook /*[G, K, C]*/, View ema_counts /*[G, K]*/, View ema_sums /*[G, K, C]*/,            \
-                   View counts /*[G, K]*/, View sums /*[G, K, C]*/, Tables tables, double decay, double eps,        \
-                   bool normalize_mean, int threads) noexcept;                                                        \
+                   View counts /*[G, K]*/, View sums /*[G, K, C]*/, View partial /*[G, 64] float64*/,               \
+                   Tables tables, double decay, double eps, bool normalize_mean, int threads) noexcept;             \
   Error peaks(View rates /*[2] float64: float32 FLOP/s, int8 OP/s*/, double seconds, int threads) noexcept;

@@ -5,6 +5,7 @@ import torch
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import _C, LIBRARY, check_ids, define, define_backward, threads, use_native, view
+from tokenflow_ext.ops._sums import sum_space
 
 
 def _lookup(indices, codebook):
@@ -19,10 +20,11 @@ def _lookup(indices, codebook):
 def _lookup_backward(indices, grad_rows, codes):
     indices, grad_rows = indices.contiguous(), grad_rows.contiguous()
     count, groups, channels = grad_rows.shape
-    order = torch.empty((groups, count), dtype=torch.int64)
-    starts = torch.empty((groups, codes + 1), dtype=torch.int64)
     grad = grad_rows.new_empty((groups, codes, channels))
-    _C.lookup_backward(view(indices), view(grad_rows), view(order), view(starts), view(grad), threads())
+    members, starts, sums = sum_space(count, groups, codes, channels)
+    _C.lookup_backward(
+        view(indices), view(grad_rows), view(members), view(starts), view(sums), view(grad)
+    )  # fmt: skip
     return grad
 
 

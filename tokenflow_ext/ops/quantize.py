@@ -16,6 +16,7 @@ from tokenflow_ext.ops._native import (
     view,
     warn_non_finite,
 )
+from tokenflow_ext.ops._sums import sum_space
 from tokenflow_ext.ops.search import concatenate, search_space, tables_of
 
 
@@ -63,13 +64,17 @@ def _quantize_backward(
     grad_loss = grad_loss.contiguous() if grad_loss is not None else None
     grad_x = torch.empty_like(x) if wants_x else None
     grad_codebook = code_rows.new_empty((groups, codes, channels)) if wants_codebook else None
-    spare = code_rows.new_empty((2, rows, groups, channels))
-    order = torch.empty((groups, rows), dtype=torch.int64)
-    starts = torch.empty((groups, codes + 1), dtype=torch.int64)
+    spare = code_rows.new_empty((threads(), 2, 8, channels))
+    gaps = keys = members = starts = sums = None
+    if wants_codebook:
+        gaps = code_rows.new_empty((rows, groups, channels))
+        keys = torch.empty((rows, groups), dtype=torch.int64)
+        members, starts, sums = sum_space(rows, groups, codes, channels)
     _C.quantize_backward(
         view(x), view(code_rows), view(code_norms), view(indices), view(grad_quantized), view(grad_loss),
         tables_of(widths, [1.0] * len(widths), metric), commitment_weight, codebook_weight,
-        view(spare), view(order), view(starts), view(grad_x), view(grad_codebook), threads(),
+        view(spare), view(gaps), view(keys), view(members), view(starts), view(sums), view(grad_x), view(grad_codebook),
+        threads(),
     )  # fmt: skip
     return grad_x if wants_x else x.new_empty(0), grad_codebook if wants_codebook else x.new_empty(0)
 

@@ -5,6 +5,7 @@ import torch
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import _C, check_ids, define, real, threads, use_native, view, warn_non_finite
+from tokenflow_ext.ops._sums import sum_space
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -14,12 +15,11 @@ def _code_statistics(x, indices, codes):
     dtype = real(x)
     counts = torch.empty((groups, codes), dtype=dtype)
     sums = torch.empty((groups, codes, channels), dtype=dtype)
-    order = torch.empty((groups, rows), dtype=torch.int64)
-    starts = torch.empty((groups, codes + 1), dtype=torch.int64)
+    members, starts, space = sum_space(rows, groups, codes, channels)
     status = torch.empty(2, dtype=torch.int64)
     _C.code_statistics(
-        view(x), view(indices), view(order), view(starts), view(counts), view(sums), view(status), threads()
-    )
+        view(x), view(indices), view(members), view(starts), view(space), view(counts), view(sums), view(status)
+    )  # fmt: skip
     check_ids("code_statistics", status[0], codes)
     warn_non_finite("code_statistics", status)
     return counts, sums
@@ -36,18 +36,11 @@ def _ema_update_(codebook, ema_counts, ema_sums, counts, sums, decay, eps, metri
     tables = tables_of([codebook.shape[2]], [1.0], metric)
     # A write through a pointer is invisible to autograd: without this a gradient that needs the old values goes wrong silently.
     torch.autograd.graph.increment_version((codebook, ema_counts, ema_sums))
+    partial = torch.empty((codebook.shape[0], 64), dtype=torch.float64)
     _C.ema_update(
-        view(codebook),
-        view(ema_counts),
-        view(ema_sums),
-        view(counts),
-        view(sums),
-        tables,
-        decay,
-        eps,
-        normalize_mean,
-        threads(),
-    )
+        view(codebook), view(ema_counts), view(ema_sums), view(counts), view(sums), view(partial), tables, decay, eps,
+        normalize_mean, threads(),
+    )  # fmt: skip
 
 
 define(
