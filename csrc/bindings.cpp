@@ -109,6 +109,9 @@ PYBIND11_MODULE(_C, m) {
   TOKENFLOW_OP(lookup_backward);
   TOKENFLOW_OP(code_statistics);
   TOKENFLOW_OP(ema_update);
+  TOKENFLOW_OP(entropy_loss);
+  TOKENFLOW_OP(entropy_loss_backward);
+  TOKENFLOW_OP(soft_quantize_backward);
   TOKENFLOW_OP(multiscale_quantize);
   TOKENFLOW_OP(multiscale_quantize_backward);
   TOKENFLOW_OP(multiscale_rows);

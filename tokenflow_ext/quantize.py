@@ -11,7 +11,6 @@ from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._native import BACKENDS
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.reference.entropy import entropy_loss
 
 __all__ = ["MultiScaleQuantizer", "Quantized", "SharedIndexQuantizer", "VectorQuantizer"]
 
@@ -106,13 +105,12 @@ class _Quantizer(nn.Module):
         if self.entropy_weight == 0:
             return loss
         tables = self.codebook.tables()
-        if self.codebook.moves():  # the tables move before backward reads them
-            tables = [table.clone() for table in tables]
         for part in rows:
             x = part if self.codebook.groups > 1 else part[:, 0].split(self.codebook.widths, dim=-1)
-            first, second = entropy_loss(
-                x, tables[0] if self.codebook.groups > 1 else tables, metric=self.metric, weights=self.weights,
-                temperature=self.entropy_temperature, eps=self.entropy_eps,
+            first, second = ops.entropy_loss(
+                x, tables[0] if self.codebook.groups > 1 else tables, metric=self.metric,
+                weights=None if self.codebook.groups > 1 else self.weights, temperature=self.entropy_temperature,
+                eps=self.entropy_eps, backend=self.backend,
             )  # fmt: skip
             loss = loss + self.entropy_weight / len(rows) * (first - second)
         return loss
@@ -169,7 +167,7 @@ class VectorQuantizer(_Quantizer):
         update: "gradient", "ema" or "none".
         commitment_weight: weight of the term that moves the input.
         codebook_weight: weight of the term that moves the codes.
-        entropy_weight: adds entropy_weight (mean_n H(p_n) - H(mean_n p_n)) in training; computed in PyTorch, builds N x K.
+        entropy_weight: adds entropy_weight (mean_n H(p_n) - H(mean_n p_n)) in training.
         entropy_temperature: of p, in units of the distance.
         entropy_eps: inside the logarithm of the mean.
         decay: of the moving averages.

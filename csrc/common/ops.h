@@ -26,6 +26,19 @@
                           View keys /*[N, G] or none*/, View members, View starts, View sums /*see sums.h*/,        \
                           View grad_x /*[N, G, C] type of x or none*/, View grad_codebook /*[G, K, C] or none*/,    \
                           int threads) noexcept;                                                                    \
+  Error entropy_loss(View x /*[N, G, C] real*/, View codebook /*[G, K, C] real*/,                                   \
+                     View ids /*[N, G] best codes, -1 leaves out*/, double eps, View space /*[numbers] real*/,      \
+                     View mask /*[panels, 4] int64*/, View losses /*[2] real*/, View log_totals /*[G, N] real*/,    \
+                     View entropies /*[G, N] real*/, View means /*[G, K] real*/, int threads) noexcept;             \
+  Error entropy_loss_backward(View x, View codebook, View ids, double eps, View space, View mask,                   \
+                              View log_totals, View entropies, View means, View grad_losses /*[2] real*/,           \
+                              View grad_x /*[N, G, C] real or none*/,                                               \
+                              View grad_codebook /*[G, K, C] real or none*/, int threads) noexcept;                 \
+  Error soft_quantize_backward(View x /*[N, G, C] real*/, View keys /*[G, K, C] real*/,                             \
+                               View values /*[G, K, Dv] real*/, View ids /*[N, G] best codes, -1 leaves out*/,      \
+                               View grad /*[N, G, Dv] real*/, View space, View mask,                                \
+                               View grad_x /*[N, G, C] or none*/, View grad_keys /*[G, K, C] or none*/,             \
+                               int threads) noexcept;                                                               \
   Error lookup(View indices /*[N, G]*/, View codebook /*[G, K, C] any float*/, View rows /*[N, G, C] same type*/,   \
                View status /*[1] int64: ids outside the table*/, int threads) noexcept;                             \
   Error lookup_backward(View indices /*[N, G]*/, View grad_rows /*[N, G, C]*/, View members, View starts,           \

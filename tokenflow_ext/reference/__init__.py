@@ -1,5 +1,6 @@
 """The pure-PyTorch twin of every op, of the same name and signature."""
 
+from tokenflow_ext.reference.entropy import entropy_loss
 from tokenflow_ext.reference.multiscale import (
     multiscale_decode,
     multiscale_inputs,
@@ -17,10 +18,12 @@ from tokenflow_ext.reference.quantize import (
     shared_nearest_code,
     shared_quantize,
 )
+from tokenflow_ext.reference.soft import soft_quantize
 
 __all__ = [
     "code_statistics",
     "ema_update_",
+    "entropy_loss",
     "lookup",
     "multiscale_decode",
     "multiscale_inputs",
@@ -32,4 +35,5 @@ __all__ = [
     "shared_lookup",
     "shared_nearest_code",
     "shared_quantize",
+    "soft_quantize",
 ]

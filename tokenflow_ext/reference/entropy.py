@@ -22,7 +22,8 @@ def entropy_loss(x, codebook, *, metric, temperature, weights=None, eps=1e-5):
         eps: inside the logarithm of the mean; 1e-5 in TokenFlow, 1e-7 in UniTok.
 
     Returns:
-        Two 0-dim tensors >= 0; 0 for an empty batch. Rows that are not finite are left out of both means.
+        Two 0-dim tensors, 0 for an empty batch. Rows that are not finite are left out, the denominator N stays; codes that are
+        not finite have probability 0.
 
     Source: TokenFlow, arXiv 2412.03069; Yu et al., 2310.05737.
     """
@@ -33,17 +34,21 @@ def entropy_loss(x, codebook, *, metric, temperature, weights=None, eps=1e-5):
         widths, weights = [x.shape[-1]], [1.0]
     else:
         x, table, widths, weights = concatenate(x, codebook, weights)
-    good = x.isfinite().all(-1, keepdim=True)
-    y, codes = searched(torch.where(good, x, 0.0), widths, metric), searched(table, widths, metric)
+    good, intact = x.isfinite().all(-1, keepdim=True), table.isfinite().all(-1, keepdim=True)
+    good = good & intact.any(1)
+    # Who is left out becomes a constant before any arithmetic, so that no gradient of theirs is 0 * inf.
+    x, table = torch.where(good, x, 0.0), torch.where(intact, table, 0.0)
+    y, codes = searched(x, widths, metric), searched(table, widths, metric)
     # Constants of a row cancel in the softmax: d = 2 s for l2 and cosine, d = s for dot.
     factor = (1.0 if metric == "dot" else 2.0) / temperature
+    limits = torch.finfo(x.dtype)
     first = second = x.new_zeros(())
     for g in range(codes.shape[0]):
         logits = -factor * scores(y[:, g], codes[g], widths, weights, metric == "l2")
-        log_p = logits.log_softmax(-1)
+        log_p = logits.masked_fill(~intact[g, :, 0], limits.min).log_softmax(-1)
         p = log_p.exp()
-        share = good[:, g] / good[:, g].sum().clamp_min(1)
+        share = good[:, g].to(x.dtype) / max(len(x), 1)
         mean = (share * p).sum(0)
         first = first - (share * p * log_p).sum() / codes.shape[0]
-        second = second - (mean * (mean + eps).log()).sum() / codes.shape[0]
+        second = second - (mean * (mean + eps).clamp_min(limits.tiny).log()).sum() / codes.shape[0]
     return first, second
