@@ -99,6 +99,13 @@ CASES = {
     "shared_quantize": lambda: _shared("shared_quantize", gradients=True),
     "code_statistics, few codes": lambda: ops.code_statistics(_rows(), _ids(codes=3), (GROUPS, 3), backend="native"),
     **{f"code_statistics, ema_update_ {m}": lambda m=m: _ema(m) for m in ("cosine", "l2")},
+    "entropy_loss": lambda: _with_gradients(
+        lambda x, c: ops.entropy_loss(x, c, metric="cosine", temperature=0.1, backend="native"),
+        _rows(), normal(GROUPS, CODES, 9, seed=2),
+    ),
+    "soft_quantize": lambda: _with_gradients(
+        lambda *t: ops.soft_quantize(*t, backend="native"), _rows()[:, 0], normal(CODES, 9, seed=2), normal(CODES, 5, seed=3)
+    ),
     "multiscale_quantize": lambda: _multiscale("multiscale_quantize", inputs=[_features()], weights=(1, 0.3)),
     "multiscale_quantize, phi": lambda: _multiscale(
         "multiscale_quantize", inputs=[_features()], metric="l2", loss_on="accumulated", phi=_phi()

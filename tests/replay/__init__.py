@@ -36,7 +36,7 @@ PATTERNS = {
 }
 """Per type of csrc/common/view.h: an integer of its size, and the bits of infinity."""
 
-SCRATCH = {"staged", "workspace", "bands", "partial", "searched", "maps", "spare", "gaps", "partial_phi"}
+SCRATCH = {"staged", "workspace", "bands", "partial", "searched", "maps", "spare", "gaps", "partial_phi", "space", "mask"}
 """Arguments whose content belongs to one instruction set, or is nobody's after the call."""
 
 

@@ -85,6 +85,16 @@ def statistics(dtype: torch.dtype) -> None:
     gradients([ops.lookup(torch.stack([ids, ids.flip(0)], -1), codebook)], [codebook], seed=13)
 
 
+def softmaxes(dtype: torch.dtype) -> None:
+    for metric in METRICS:
+        x, codebook = rows(67, 2, 9, seed=20, dtype=dtype), table(2, 131, 9, seed=21)
+        x.requires_grad_(), codebook.requires_grad_()
+        gradients(ops.entropy_loss(x, codebook, metric=metric, temperature=0.3), [x, codebook], seed=22)
+    inputs = [rows(40, 9, seed=23, dtype=dtype), table(131, 9, seed=24), table(131, 5, seed=25)]
+    inputs = [t.requires_grad_() for t in inputs]
+    gradients(ops.soft_quantize(*inputs), inputs, seed=26)
+
+
 def multiscale(dtype: torch.dtype) -> None:
     for grid in SCALES:
         for mode in MODES:
@@ -112,7 +122,7 @@ def problems() -> list[Call]:
         with warnings.catch_warnings(), record() as calls:
             warnings.simplefilter("ignore", RuntimeWarning)
             for dtype in FLOATS:
-                for part in (search, quantizing, statistics, multiscale):
+                for part in (search, quantizing, statistics, softmaxes, multiscale):
                     part(dtype)
     finally:
         torch.set_num_threads(threads)
