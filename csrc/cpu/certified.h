@@ -1,10 +1,10 @@
-// Certified search: scan in 8-bit integers, then score again, canonically, the few segments of codes that an error bound
-// cannot rule out. The answer is the canonical search's, ties included; docs/certified_search.md has the proof.
+// Certified search: scan in 8-bit integers, then score again, canonically, the few segments of codes that an error
+// bound cannot rule out. The answer is the canonical search's, ties included; docs/certified_search.md has the proof.
 //   s_k = h_k + z.c_k               canonical score: h_k = 0.5 |c_k|^2 for l2, else 0; z the staged row, -y
 //   s'_k = unit (H_k + q_z.q_k)     its 8-bit stand-in: z ~ scale_z q_z, c_k ~ scale q_k, unit = scale_z scale
 //   |s_k - s'_k| <= bound(|c_k|, |c_k - scale q_k|), with the actual residuals of both sides
-// Codes lie in segments of `length` consecutive ids, a register's worth of segments to a block: lane l of register v of a
-// block holds code v of segment l. The scan keeps the minimum of each segment; a row's table is 4 K / length bytes.
+// Codes lie in segments of `length` consecutive ids, a register's worth of segments to a block: lane l of register v of
+// a block holds code v of segment l. The scan keeps the minimum of each segment; a row's table is 4 K / length bytes.
 // Operations: 2 N K C of 8 bits. Bytes: C + 8 a code for the scan, and the panels that the rescoring reads.
 #pragma once
 #include <math.h>
@@ -18,9 +18,10 @@ TOKENFLOW_BEGIN
 
 constexpr bool kCanCertify = true;
 constexpr int kLanes8 = Register<float>::kLanes;
-constexpr int kTile8 = 8;              // rows a tile
+constexpr int kTile8 = 8;                 // rows a tile
 constexpr int64_t kMaxChannels8 = 16384;  // keeps every sum inside 32 bits
 constexpr float kMaxStart8 = 1 << 29;
+constexpr int64_t kListed8 = 64;  // registers that wait to be scored again
 
 using Ints = Register<float>::I;
 using Floats = Register<float>::V;
@@ -32,7 +33,7 @@ struct Codes8 {
   float *norms, *gaps;            // [segments]: the largest |c_k| and |c_k - scale q_k|, rounded up
   float scale;
   double largest_start;
-  bool usable;                    // false where a code is not finite, or none has a size that 8 bits can follow
+  bool usable;  // false where a code is not finite, or none has a size that 8 bits can follow
 
   int64_t segments() const { return blocks * kLanes8; }
   // Where word 0 of code k lies; its others follow in steps of 2 kLanes8.
@@ -46,10 +47,11 @@ struct Codes8 {
   }
 };
 
-// Its sizes, without memory.
+// Its sizes, without memory. Short segments cost a longer table, long ones more to score again, channel by channel.
 static Codes8 layout8(int64_t codes, int64_t channels) {
   Codes8 c = {};
-  c.blocks = (codes + 64 * kLanes8 - 1) / (64 * kLanes8);
+  const int64_t longest = channels < 24 ? 64 : channels < 64 ? 32 : 16;
+  c.blocks = (codes + longest * kLanes8 - 1) / (longest * kLanes8);
   c.length = ((codes + c.segments() - 1) / c.segments() + 1) / 2 * 2;
   c.words = (channels + 3) / 4;
   return c;
@@ -58,23 +60,28 @@ static Codes8 layout8(int64_t codes, int64_t channels) {
 // Quantizes the packed codes. spare [2, panels * 32]: the norm and the residual of every code.
 static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int threads) {
   const int64_t codes = packed.codes, channels = packed.channels, panels = panels_of(codes);
-  float largest = 0, start = 0;
-  int bad = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest, start) reduction(| : bad)
+  // Magnitudes order as integers do, NaN above infinity above all others.
+  int32_t most = 0, start_bits = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : most, start_bits)
   for (int64_t p = 0; p < panels; ++p) {
     const float* panel = packed.panels + p * packed.stride();
-    for (int64_t i = 0; i < channels * kPanel; ++i) {
-      const float size = __builtin_fabsf(panel[i]);
-      bad |= !(size <= 1e15f);
-      largest = size > largest ? size : largest;
+    Ints here = {};
+    for (int64_t i = 0; i < channels * kPanel; i += kLanes8) {
+      const Ints bits = (Ints)load_register(panel + i) & INT32_MAX;
+      here = bits > here ? bits : here;
     }
-    for (int64_t l = 0; l < kPanel && p * kPanel + l < codes; ++l) {
-      const float size = panel[channels * kPanel + l];
-      bad |= !(size <= 1e30f);
-      start = size > start ? size : start;
+    for (int l = 0; l < kLanes8; ++l) most = here[l] > most ? here[l] : most;
+    const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
+    for (int64_t l = 0; l < used; ++l) {
+      int32_t bits;
+      memcpy(&bits, panel + channels * kPanel + l, 4);
+      start_bits = (bits & INT32_MAX) > start_bits ? bits & INT32_MAX : start_bits;
     }
   }
-  out->usable = !bad && largest >= 1e-15f;
+  float largest, start;
+  memcpy(&largest, &most, 4);
+  memcpy(&start, &start_bits, 4);
+  out->usable = largest >= 1e-10f && largest <= 1e15f && start <= 1e30f;
   if (!out->usable) return;
   out->largest_start = start;
   const float scale = out->scale = largest / 127, inverse = 127 / largest;
@@ -83,7 +90,8 @@ static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int th
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t p = 0; p < panels; ++p) {
     const float* panel = packed.panels + p * packed.stride();
-    double norm[kPanel] = {}, gap[kPanel] = {};
+    constexpr int kHalves = kPanel / kLanes8;
+    Floats norm[kHalves] = {}, gap[kHalves] = {};
     int64_t to[kPanel];
     const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
     for (int64_t l = 0; l < used; ++l) {
@@ -91,23 +99,27 @@ static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int th
       c.starts[c.start(p * kPanel + l)] = panel[channels * kPanel + l];
     }
     for (int64_t w = 0; w < c.words; ++w) {
-      uint32_t word[kPanel] = {};
-      for (int64_t d = 4 * w; d < 4 * w + 4; ++d) {
-        const float* x = panel + d * kPanel;
-        for (int64_t l = 0; l < kPanel; ++l) {
-          const float value = d < channels ? x[l] : 0;
-          const float q = __builtin_rintf(value * inverse);
-          word[l] |= static_cast<uint32_t>(static_cast<int32_t>(q) + 128) << (d % 4 * 8);
-          const double rest = static_cast<double>(value) - static_cast<double>(scale) * q;
-          gap[l] += rest * rest;
-          norm[l] += static_cast<double>(value) * value;
+      uint32_t word[kPanel];
+      for (int h = 0; h < kHalves; ++h) {
+        Ints bytes = Ints{} + static_cast<int32_t>(0x80808080);
+        for (int64_t d = 4 * w; d < 4 * w + 4 && d < channels; ++d) {
+          const Floats x = load_register(panel + d * kPanel + h * kLanes8);
+          const Floats q = (Floats)_mm512_roundscale_ps((__m512)(x * inverse), 0);
+          const Floats rest = fused(broadcast(-scale), q, x);
+          gap[h] = fused(rest, rest, gap[h]);
+          norm[h] = fused(x, x, norm[h]);
+          // q + 128 in the byte: its own lowest bits with the highest turned.
+          bytes ^= (__builtin_convertvector(q, Ints) & 0xff) << (d % 4 * 8);
         }
+        memcpy(word + h * kLanes8, &bytes, sizeof(bytes));
       }
       for (int64_t l = 0; l < used; ++l) c.quantized[to[l] + w * 2 * kLanes8] = word[l];
     }
+    // Upper bounds: the sums' own rounding and what underflowed are added.
+    const float up = 1 + static_cast<float>(channels + 16) * 0x1p-23f, lost = static_cast<float>(channels) * 1e-18f;
     for (int64_t l = 0; l < kPanel; ++l) {
-      norms[p * kPanel + l] = static_cast<float>(__builtin_sqrt(norm[l]) * (1 + 1e-6));
-      gaps[p * kPanel + l] = static_cast<float>(__builtin_sqrt(gap[l]) * (1 + 1e-6));
+      norms[p * kPanel + l] = root(norm[l / kLanes8][l % kLanes8]) * up + lost;
+      gaps[p * kPanel + l] = root(gap[l / kLanes8][l % kLanes8]) * up + lost;
     }
   }
   // Lanes without a code repeat the last one: it is rescored under its own id.
@@ -195,21 +207,25 @@ static __attribute__((noinline, target("avx512vnni"))) void scan8(const int32_t*
 // What the bound needs of the call besides row and codes.
 struct Bound {
   int64_t channels;
-  bool starts;        // l2
-  bool clip;          // l2 with every weight 1: a better code cannot be longer than |y| + its distance
+  bool starts;  // l2
+  bool clip;    // l2 with every weight 1: a better code cannot be longer than |y| + its distance
   double max_weight;
 };
 
-// best = the canonical search's answer for row z, from its table of minima. Returns how many segments were scored; none,
-// and no answer, where that would be more than `limit`.
+// best = the canonical search's answer for row z, from its table of minima. Returns how many segments were scored;
+// none, and no answer, where that would be more than `limit`.
 static int64_t resolve8(const float* z, const Row8& row, const int32_t* table, const Codes8& codes,
                         const Packed<float>& packed, const Bound& bound, int64_t limit, Best<float>* best) {
   const int64_t segments = codes.segments();
-  const auto score_segment = [&](int64_t segment) {
+  // The registers of a segment, to score again.
+  const auto list = [&](int64_t segment, int32_t* registers) {
     const int64_t first = segment * codes.length, end = first + codes.length;
     const int64_t last = end < packed.codes ? end : packed.codes;
-    if (first < last) best_in_panels(z, packed, first / kPanel, panels_of(last), 0, best);
+    int64_t n = 0;
+    for (int64_t i = first / kLanes8; i * kLanes8 < last; ++i) registers[n++] = static_cast<int32_t>(i);
+    return n;
   };
+  int32_t registers[kListed8];
   Ints least = Ints{} + INT32_MAX;
   for (int64_t s = 0; s < segments; s += kLanes8) {
     Ints here;
@@ -220,7 +236,7 @@ static int64_t resolve8(const float* z, const Row8& row, const int32_t* table, c
   int64_t first = 0;
   while (table[first] != lowest) ++first;
   *best = {__builtin_inff(), -1};
-  score_segment(first);
+  best_in_registers(z, packed, registers, list(first, registers), 0, best);
   if (best->id < 0) return 0;  // the segment of a repeated last code, or scores that overflow
 
   // docs/certified_search.md, (5): code k can win only if s'_k <= score + slack + its own share of the bound.
@@ -234,11 +250,11 @@ static int64_t resolve8(const float* z, const Row8& row, const int32_t* table, c
   constexpr double kUp = 1 + 0x1p-20;
   const float base = static_cast<float>((best->score + n * 0x1p-126) / row.unit + 1);
   const float by_norm = static_cast<float>((row.residual + gamma * row.norm) / row.unit * kUp);
-  const float by_start = static_cast<float>(
-      bound.starts ? (gamma + 0x1p-22) * 0.5 * bound.max_weight / row.unit * kUp : 0);
+  const float by_start =
+      static_cast<float>(bound.starts ? (gamma + 0x1p-22) * 0.5 * bound.max_weight / row.unit * kUp : 0);
   const float by_gap = static_cast<float>(row.size / row.unit * kUp);
   const float cut = static_cast<float>(longest < 1e30 ? longest : 1e30);
-  int64_t scored = 1;
+  int64_t scored = 1, listed = 0;
   for (int64_t s = 0; s < segments; s += kLanes8) {
     const Floats norm = load_register(codes.norms + s), gap = load_register(codes.gaps + s);
     const Floats c = norm < cut ? norm : broadcast(cut);
@@ -254,9 +270,13 @@ static int64_t resolve8(const float* z, const Row8& row, const int32_t* table, c
     if (scored > limit) return 0;
     for (; mask; mask &= mask - 1) {
       const int64_t segment = s + __builtin_ctz(mask);
-      if (segment != first) score_segment(segment);
+      if (segment != first) listed += list(segment, registers + listed);
+      if (listed + 5 <= kListed8) continue;
+      best_in_registers(z, packed, registers, listed, 0, best);
+      listed = 0;
     }
   }
+  best_in_registers(z, packed, registers, listed, 0, best);
   return scored;
 }
 

@@ -87,7 +87,8 @@ Error nearest_code(View x, View codebook, Tables tables, int64_t lo, int64_t hi,
     return "nearest_code: codebook: wanted the groups and the width of x";
   if (indices.shape[0] != x.shape[0] || indices.shape[1] != x.shape[1] || !holds(status, kInt64, 1) ||
       !holds(staged, codebook.type, x.shape[0] * x.shape[2]) ||
-      !holds_search(codebook.type, workspace, rows_to_pack(x.shape[0], indices.shape[2]), hi - lo, x.shape[2], threads) ||
+      !holds_search(codebook.type, workspace, rows_to_pack(x.shape[0], indices.shape[2]), hi - lo, x.shape[2],
+                    threads) ||
       (scores.type != kNone && !holds(scores, codebook.type, x.shape[0] * x.shape[1] * indices.shape[2])))
     return "nearest_code: wanted outputs and workspace that fit the rows";
   if (lo < 0 || hi > codebook.shape[1] || hi - lo < indices.shape[2]) return "nearest_code: window: wanted topk codes";

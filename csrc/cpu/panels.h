@@ -33,8 +33,7 @@ static void pack_panel(const T* codes, int64_t used, int64_t channels, const Tab
   for (int t = 0; t < tables.count; ++t) {
     T square[kPanel] = {};
     for (int64_t d = first; (tables.unit || tables.l2) && d < first + tables.width[t]; ++d)
-      for (int64_t l = 0; l < kPanel; ++l)
-        square[l] = fused(panel[d * kPanel + l], panel[d * kPanel + l], square[l]);
+      for (int64_t l = 0; l < kPanel; ++l) square[l] = fused(panel[d * kPanel + l], panel[d * kPanel + l], square[l]);
     if (tables.unit) {
       for (int64_t l = 0; l < kPanel; ++l) {
         const T norm = root(square[l]);
@@ -105,35 +104,51 @@ static inline void score_panel(const T* staged, const Packed<T>& packed, int64_t
   memcpy(scores, score, sizeof(score));
 }
 
-// best = the lowest (score, id) of it and of the codes in panels [from, to), whose ids count from `offset`. Two panels
-// at a time, so that four chains of multiply-adds run side by side.
+// best = the lowest (score, id) of it and of the codes in `count` registers of the panels, listed in ascending order;
+// ids count from `offset`. Several at a time, so that chains of multiply-adds run side by side.
+template <class T>
+static void best_in_registers(const T* staged, const Packed<T>& packed, const int32_t* registers, int64_t count,
+                              int64_t offset, Best<T>* best) {
+  using V = typename Register<T>::V;
+  constexpr int kLanes = Register<T>::kLanes, kPerPanel = kPanel / kLanes, kChains = 4;
+  for (int64_t first = 0; first < count; first += kChains) {
+    const T* codes[kChains];
+    V score[kChains];
+    V low = broadcast(static_cast<T>(__builtin_inf()));
+    for (int i = 0; i < kChains; ++i) {
+      const int32_t at = registers[first + i < count ? first + i : count - 1];
+      codes[i] = packed.panels + at / kPerPanel * packed.stride() + at % kPerPanel * kLanes;
+      score[i] = load_register(codes[i] + packed.channels * kPanel);
+    }
+    for (int64_t d = 0; d < packed.channels; ++d) {
+      const V x = broadcast(staged[d]);
+      for (int i = 0; i < kChains; ++i) score[i] = fused(x, load_register(codes[i] + d * kPanel), score[i]);
+    }
+    for (int i = 0; i < kChains; ++i) low = lower(score[i], low);
+    if (!lanes_at_most(low, best->score)) continue;
+    const T score_here = lowest_lane(low);
+    for (int i = 0; i < kChains; ++i) {
+      const uint32_t lanes = lanes_at_most(score[i], score_here);
+      if (!lanes) continue;
+      const int64_t at = registers[first + i < count ? first + i : count - 1];
+      const Best<T> here = {score_here, offset + at * kLanes + __builtin_ctz(lanes)};
+      if (better(here, *best)) *best = here;
+      break;
+    }
+  }
+}
+
+// The same for whole panels [from, to), a few at most.
 template <class T>
 static void best_in_panels(const T* staged, const Packed<T>& packed, int64_t from, int64_t to, int64_t offset,
                            Best<T>* best) {
-  using V = typename Register<T>::V;
-  constexpr int kLanes = Register<T>::kLanes, kCount = 2 * kPanel / kLanes;
-  for (int64_t p = from; p < to; p += 2) {
-    const T* panel[2] = {packed.panels + p * packed.stride(),
-                         packed.panels + (p + 1 < to ? p + 1 : p) * packed.stride()};
-    V score[kCount];
-    for (int i = 0; i < kCount; ++i)
-      score[i] = load_register(panel[2 * i / kCount] + packed.channels * kPanel + i % (kCount / 2) * kLanes);
-    for (int64_t d = 0; d < packed.channels; ++d) {
-      const V x = broadcast(staged[d]);
-      for (int i = 0; i < kCount; ++i)
-        score[i] =
-            fused(x, load_register(panel[2 * i / kCount] + d * kPanel + i % (kCount / 2) * kLanes), score[i]);
-    }
-    V low = broadcast(static_cast<T>(__builtin_inf()));
-    for (int i = 0; i < kCount; ++i) low = lower(score[i], low);
-    if (!any_at_most(low, best->score)) continue;
-    T scores[2 * kPanel];
-    memcpy(scores, score, sizeof(score));
-    const int64_t count = p + 1 < to ? 2 * kPanel : kPanel;
-    for (int64_t l = 0; l < count; ++l) {
-      const Best<T> here = {scores[l], offset + p * kPanel + l};
-      if (better(here, *best)) *best = here;
-    }
+  constexpr int kPerPanel = kPanel / Register<T>::kLanes;
+  int32_t registers[8 * kPerPanel];
+  for (int64_t p = from; p < to; p += 8) {
+    int64_t count = 0;
+    for (int64_t i = p * kPerPanel; i < to * kPerPanel && i < (p + 8) * kPerPanel; ++i)
+      registers[count++] = static_cast<int32_t>(i);
+    best_in_registers(staged, packed, registers, count, offset, best);
   }
 }
 

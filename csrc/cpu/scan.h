@@ -60,10 +60,16 @@ static __attribute__((noinline)) void scan_tile(const T* staged, const Packed<T>
       at[r] = improved ? index : at[r];
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int l = 0; l < kLanes; ++l)
-      if (low[r][l] < lowest[r].score || (low[r][l] == lowest[r].score && at[r][l] >= 0 && at[r][l] < lowest[r].segment))
-        lowest[r] = {low[r][l], at[r][l]};
+  for (int r = 0; r < R; ++r) {
+    const T score = lowest_lane(low[r]);
+    Lowest<T> here = {score, INT64_MAX};
+    for (uint32_t lanes = lanes_at_most(low[r], score); lanes; lanes &= lanes - 1) {
+      const int64_t index = at[r][__builtin_ctz(lanes)];
+      here.segment = index < here.segment ? index : here.segment;
+    }
+    // Blocks come in order: on equal scores the earlier one stays.
+    if (here.score < lowest[r].score) lowest[r] = here;
+  }
 }
 
 // best [rows] of staged [rows <= 64, C] over panels [from, to) of the packed codes, `from` at the start of a segment.
@@ -79,7 +85,8 @@ static void scan(const T* staged, int64_t rows, const Packed<T>& packed, int64_t
     int64_t r = 0;
     for (; r + kTileRows <= rows; r += kTileRows)
       scan_tile<T, kTileRows>(staged + r * channels, packed, first, last, segment, lowest + r);
-    if (kTileRows > 4 && r + 4 <= rows) scan_tile<T, 4>(staged + r * channels, packed, first, last, segment, lowest + r), r += 4;
+    if (kTileRows > 4 && r + 4 <= rows)
+      scan_tile<T, 4>(staged + r * channels, packed, first, last, segment, lowest + r), r += 4;
     if (r + 2 <= rows) scan_tile<T, 2>(staged + r * channels, packed, first, last, segment, lowest + r), r += 2;
     if (r < rows) scan_tile<T, 1>(staged + r * channels, packed, first, last, segment, lowest + r);
   }

@@ -1,9 +1,10 @@
 // The nearest-code search behind every op: rows against a window of codes of one group, in one of three ways.
 //   few rows       codes are packed panel by panel on the fly and scored at once; threads share the codes
 //   full precision codes are packed once, scan.h passes over them
-//   certified      codes are packed once and again in 8 bits, certified.h passes over them and scores what it cannot rule out
-// All give the lowest canonical (score, id), the same bits. Who owns what: `workspace` is one tensor of bytes from Python,
-// search_bytes() long.
+//   certified      codes are packed once and again in 8 bits, certified.h passes over them and scores what it cannot
+//   rule out
+// All give the lowest canonical (score, id), the same bits. Who owns what: `workspace` is one tensor of bytes from
+// Python, search_bytes() long.
 #pragma once
 #include <omp.h>
 
@@ -13,11 +14,11 @@ TOKENFLOW_BEGIN
 
 template <class T>
 struct Index {
-  const T* codebook;       // [codes, C]
-  Packed<T> packed;        // panels null: few rows
+  const T* codebook;  // [codes, C]
+  Packed<T> packed;   // panels null: few rows
   const Tables* tables;
   bool certify;
-  char* scratch;           // [threads, scratch_bytes]
+  char* scratch;  // [threads, scratch_bytes]
   int64_t scratch_bytes;
   mutable int64_t tried, gave_up;  // rows that the certified scan was asked for, and that it could not narrow down
 #if defined(__AVX512F__)
@@ -40,10 +41,12 @@ struct Carve {
   }
 };
 
-// Where 8 bits win: enough rows to pay for the second packing, and codes long and many enough. Measured, bench_nearest_code.
+// Where 8 bits win: enough rows to pay for the second packing, and codes long and many enough. Measured,
+// bench_nearest_code.
 template <class T>
 static bool certify(int64_t rows, int64_t codes, int64_t channels) {
-  if (sizeof(T) != 4 || !kCanCertify || !search_state.has_int8_dot || channels > 16384 || rows <= kRowBlock) return false;
+  if (sizeof(T) != 4 || !kCanCertify || !search_state.has_int8_dot || channels > 16384 || rows <= kRowBlock)
+    return false;
   if (search_state.precision != kAuto) return search_state.precision == kCertified;
   return channels >= 5 && codes >= 512 && rows >= 256;
 }
@@ -125,7 +128,8 @@ static Index<T> make_index(const T* codebook, int64_t codes, int64_t channels, c
   return index;
 }
 
-// Panels [first, first + count) to read, from all of them or packed on the fly into `scratch`; ids count from first * 32.
+// Panels [first, first + count) to read, from all of them or packed on the fly into `scratch`; ids count from first
+// * 32.
 template <class T>
 static Packed<T> panels_at(const Index<T>& index, int64_t first, int64_t count, T* scratch) {
   const int64_t channels = index.packed.channels, at = first * kPanel, rest = index.packed.codes - at;
@@ -181,8 +185,8 @@ static void search_packed(const Index<T>& index, const T* staged, int64_t rows, 
 #if defined(__AVX512F__)
 
 // Rows [0, rows) in tiles; false in done[r] where the bound could not rule out enough.
-static void search_certified(const Index<float>& index, const float* staged, int64_t rows, Best<float>* best, bool* done,
-                             int threads) {
+static void search_certified(const Index<float>& index, const float* staged, int64_t rows, Best<float>* best,
+                             bool* done, int threads) {
   const Codes8& codes = index.codes8;
   const int64_t channels = index.packed.channels, segments = codes.segments();
   char* scratch = index.scratch + (threads == 1 ? omp_get_thread_num() * index.scratch_bytes : 0);
@@ -190,7 +194,8 @@ static void search_certified(const Index<float>& index, const float* staged, int
   int32_t* q = table + kRowBlock * segments;
   Row8 row[kRowBlock];
   bool usable[kRowBlock];
-  const float least = codes.largest_start > 0 ? static_cast<float>(codes.largest_start / (kMaxStart8 * codes.scale)) : 0;
+  const float least =
+      codes.largest_start > 0 ? static_cast<float>(codes.largest_start / (kMaxStart8 * codes.scale)) : 0;
   for (int64_t first = 0; first < rows; first += kTile8) {
     float largest[kTile8], of_tile = 0;
     for (int64_t r = 0; r < kTile8; ++r) {

@@ -81,21 +81,32 @@ static inline V lower(V a, V b) {
 #endif
 }
 
-// Whether any lane of v is at most x.
+// One bit a lane: where v is at most x.
 template <class V, class T>
-static inline bool any_at_most(V v, T x) {
+static inline uint32_t lanes_at_most(V v, T x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(x) == 4) return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(x), _CMP_LE_OQ) != 0;
-  if constexpr (sizeof(x) == 8) return _mm512_cmp_pd_mask((__m512d)v, _mm512_set1_pd(x), _CMP_LE_OQ) != 0;
+  if constexpr (sizeof(x) == 4) return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(x), _CMP_LE_OQ);
+  if constexpr (sizeof(x) == 8) return _mm512_cmp_pd_mask((__m512d)v, _mm512_set1_pd(x), _CMP_LE_OQ);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(x) == 4)
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(x), _CMP_LE_OQ)) != 0;
-  if constexpr (sizeof(x) == 8)
-    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_set1_pd(x), _CMP_LE_OQ)) != 0;
+  if constexpr (sizeof(x) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(x), _CMP_LE_OQ));
+  if constexpr (sizeof(x) == 8) return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_set1_pd(x), _CMP_LE_OQ));
 #else
-  for (unsigned i = 0; i < sizeof(v) / sizeof(x); ++i)
-    if (v[i] <= x) return true;
-  return false;
+  uint32_t bits = 0;
+  for (unsigned i = 0; i < sizeof(v) / sizeof(x); ++i) bits |= static_cast<uint32_t>(v[i] <= x) << i;
+  return bits;
+#endif
+}
+
+// The lowest lane of v, which holds no NaN.
+template <class V>
+static inline auto lowest_lane(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == 4) return _mm512_reduce_min_ps((__m512)v);
+  if constexpr (sizeof(v[0]) == 8) return _mm512_reduce_min_pd((__m512d)v);
+#else
+  auto low = v[0];
+  for (unsigned i = 1; i < sizeof(v) / sizeof(low); ++i) low = v[i] < low ? v[i] : low;
+  return low;
 #endif
 }
 
