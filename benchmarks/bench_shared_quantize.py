@@ -7,7 +7,7 @@ from tokenflow_expression import tokenflow_quantize
 
 from tokenflow_ext import ops, reference
 
-ROWS, CODES, WIDTHS = 4096, 32768, (32, 8)
+CODES, WIDTHS = 32768, (32, 8)
 TOKENFLOW = "TokenFlow's expression"
 
 
@@ -43,16 +43,26 @@ def forward_backward(xs, tables, upstream):
     return (lambda: gradients(lambda xs, tables: tokenflow_quantize(*xs, *tables, training=True))), by
 
 
+# rows, forward alone; the expression's backward would need 20 GB at 16384 rows
+SIZES = {
+    "64 images": (16384, True),
+    "16 images": (4096, True),
+    "16 images, training": (4096, False),
+    "1 image, training": (256, False),
+}
+
+
 def problem(name: str) -> Problem:
-    """`name` is "forward" or "forward + backward"."""
-    xs = [normal(ROWS, w, seed=w) for w in WIDTHS]
+    """`name` is one of SIZES."""
+    rows, alone = SIZES[name]
+    xs = [normal(rows, w, seed=w) for w in WIDTHS]
     tables = [torch.nn.functional.normalize(normal(CODES, w, seed=w + 1), dim=-1) for w in WIDTHS]
-    if name == "forward":
+    if alone:
         plain, by = forward(xs, tables)
         without = torch.no_grad()
         plain, by = without(plain), without(by)
     else:
-        plain, by = forward_backward(xs, tables, normal(ROWS, sum(WIDTHS), seed=9) / ROWS)
+        plain, by = forward_backward(xs, tables, normal(rows, sum(WIDTHS), seed=9) / rows)
 
     def check(results):
         quantized, indices, *rest = results["native"]
@@ -71,12 +81,11 @@ def problem(name: str) -> Problem:
                 assert_close(gradient[codes], other[codes])
 
     calls = {"native": lambda: by(ops), "twin": lambda: by(reference), TOKENFLOW: plain}
-    return Problem(f"shared_quantize, {name}", f"N {ROWS}, K {CODES}, {WIDTHS[0]} + {WIDTHS[1]}", calls, check)
+    op = "shared_quantize, " + ("forward" if alone else "forward + backward")
+    size = f"{name}: N {rows}, K {CODES}, D {WIDTHS[0]} + {WIDTHS[1]}, cosine"
+    return Problem(op, size, calls, check, flop=2 * rows * CODES * sum(WIDTHS))
 
 
-@pytest.mark.parametrize("name", ["forward", "forward + backward"])
+@pytest.mark.parametrize("name", SIZES)
 def bench_shared_quantize(benchmark, name):
-    """The claim of the README: ten times faster and fifty times less memory than the expression it replaces."""
-    row = compare(benchmark, "bench_shared_quantize", name)[TOKENFLOW]
-    assert row["times_faster"] >= 10, row
-    assert row["times_less_memory"] >= 50, row
+    compare(benchmark, "bench_shared_quantize", name)
