@@ -53,9 +53,9 @@ def facts(call, native: bool) -> dict:
     info = tokenflow_ext.build_info()
     searched, machine = (_searches(call), peaks()) if native else ({}, {})
     return {
-        "path": "+".join(sorted(searched)),
-        "fallback_rows": sum(c.fallback_rows for calls in searched.values() for c in calls),
-        "rescored": sum(c.rescored for calls in searched.values() for c in calls),
+        "path": searched.get("path", ""),
+        "fallback_rows": searched.get("fallback_rows", ""),
+        "rescored": searched.get("rescored", ""),
         "fma_gflops": machine.get("fma", ""),
         "int8_gops": machine.get("int8", ""),
         "copy_gbs": machine.get("copy", ""),
@@ -84,16 +84,13 @@ def peaks() -> dict[str, float]:
     return {"fma": fma, "int8": int8, "copy": 1e-9 * 2 * source.nbytes / min(seconds)}
 
 
-def _searches(call) -> dict[str, list]:
-    """Records of the native searches of one call, by the path that ran."""
-    paths = {}
-    if not hasattr(tokenflow_ext, "trace"):  # TODO
-        return {}
-    with tokenflow_ext.trace() as calls:
-        call()
-    for record in calls:
-        paths.setdefault(record.path, []).append(record)
-    return paths
+def _searches(call) -> dict:
+    """Which scan answered the rows of one call, and how many the certified one gave up or scored again."""
+    before = _C.search_counts()
+    call()
+    count = {key: after - before[key] for key, after in _C.search_counts().items()}
+    path = "+".join(name for name, key in (("int8", "int8"), ("float32", "full")) if count[key])
+    return {"path": path, "fallback_rows": count["fallback"], "rescored": count["rescored"]}
 
 
 def _forget_peak() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-import tokenflow_ext
+from tokenflow_ext import _C
 
 
 class Prepared:
@@ -49,10 +49,11 @@ def float32_search(call: Callable) -> Callable:
     """The native call with the float32 scan, where the default may be the certified int8 scan."""
 
     def forced():
-        if not hasattr(tokenflow_ext, "search_precision"):  # TODO
-            raise ImportError("search_precision")
-        with tokenflow_ext.search_precision("float32"):
+        before = _C.search_precision(1)
+        try:
             return call()
+        finally:
+            _C.search_precision(before)
 
     return forced
 

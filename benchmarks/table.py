@@ -27,11 +27,22 @@ def store(rows: list[dict], missing: list[tuple]) -> None:
     session.extend(rows)
     skipped.extend(missing)
     merged = {tuple(row[k] for k in KEY): row for row in (*load(), *rows)}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), restval="", extrasaction="ignore")
+    write(list(merged.values()), RESULTS)
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """A CSV file with the columns of the newest row; numbers to six digits."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(merged.values())
+        for row in rows:
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+
+
+def best_instruction_set(rows: list[dict]) -> str:
+    """The highest that was measured."""
+    return max((r["instruction_set"] for r in rows), key=("baseline", "avx2", "avx512", "neon").index)
 
 
 def markdown(rows: list[dict]) -> str:
