@@ -10,26 +10,27 @@ import torch
 from harness import Problem, assert_same_ids, compare, normal
 from tokenflow_expression import distances
 from unitok_expression import unitok_indices
+from var_expression import var_indices
 
 from tokenflow_ext import ops, reference
 
-# rows, groups, codes, width, metric, and the rivals besides the twin
+# rows, groups, codes, width, metric, rivals
 SIZES = {
-    "A, TokenFlow's pixel table": (16384, 0, 32768, 8, "l2", "float32 faiss tokenflow compile"),
-    "A, cosine": (16384, 0, 32768, 8, "cosine", "float32 faiss lucidrains"),
+    "A, TokenFlow's pixel table": (16384, 0, 32768, 8, "l2", "float32 twin faiss tokenflow"),
+    "A, cosine": (16384, 0, 32768, 8, "cosine", "faiss lucidrains"),
     "A, dot": (16384, 0, 32768, 8, "dot", "faiss"),
     "C, UniTok": (16384, 8, 4096, 8, "l2", "float32 faiss"),
-    "C, UniTok, cosine": (16384, 8, 4096, 8, "cosine", "faiss unitok"),
+    "C, UniTok, cosine": (16384, 8, 4096, 8, "cosine", "twin faiss unitok"),
     "D, wide VAR": (65536, 0, 8192, 32, "l2", "float32 faiss"),
-    "E, VQGAN": (16384, 0, 16384, 256, "l2", "float32 faiss"),
-    "LlamaGen": (4096, 0, 16384, 8, "cosine", "faiss"),
-    "VAR": (10880, 0, 4096, 32, "l2", "faiss compile"),
-    "IBQ": (512, 0, 262144, 256, "dot", "float32 faiss"),
+    "E, VQGAN": (16384, 0, 16384, 256, "l2", "float32 twin faiss"),
+    "LlamaGen": (4096, 0, 16384, 8, "cosine", "twin faiss"),
+    "VAR": (10880, 0, 4096, 32, "l2", "twin faiss compile var"),
+    "IBQ": (512, 0, 262144, 256, "dot", "faiss"),
     "below FAISS's cliff": (15872, 0, 32768, 8, "l2", "faiss"),
     "far below FAISS's cliff": (4096, 0, 32768, 8, "l2", "faiss"),
-    "64 rows": (64, 0, 32768, 32, "l2", "faiss"),
-    "16 rows": (16, 0, 32768, 32, "l2", "faiss"),
-    "1 row": (1, 0, 32768, 32, "l2", "faiss"),
+    "64 rows": (64, 0, 32768, 32, "l2", "twin faiss"),
+    "16 rows": (16, 0, 32768, 32, "l2", "twin faiss"),
+    "1 row": (1, 0, 32768, 32, "l2", "twin faiss"),
 }
 
 
@@ -42,14 +43,16 @@ def problem(name: str) -> Problem:
     native = without(lambda: ops.nearest_code(x, codebook, metric=metric, backend="native"))
     twin = without(lambda: reference.nearest_code(x, codebook, metric=metric))
     others = {
+        "twin": ("twin", twin),
         "float32": ("native, float32", peers.float32_search(native)),
         "faiss": ("FAISS", peers.faiss_flat(x, codebook, metric)),
         "lucidrains": ("vector-quantize-pytorch", peers.lucidrains_eval(x, codebook, metric)),
         "compile": ("torch.compile", peers.compiled(twin)),
         "tokenflow": ("TokenFlow's expression", without(lambda: distances(x, codebook).argmin(1))),
+        "var": ("VAR's expression", without(lambda: var_indices(x, codebook))),
         "unitok": ("UniTok's expression", without(lambda: unitok_indices(x, codebook))),
     }
-    calls = {"native": native, "twin": twin, **dict(others[rival] for rival in rivals.split())}
+    calls = {"native": native, **dict(others[rival] for rival in rivals.split())}
 
     def check(results):
         for rival in results:

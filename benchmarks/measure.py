@@ -53,9 +53,7 @@ def facts(call, native: bool) -> dict:
     info = tokenflow_ext.build_info()
     searched, machine = (_searches(call), peaks()) if native else ({}, {})
     return {
-        "path": searched.get("path", ""),
-        "fallback_rows": searched.get("fallback_rows", ""),
-        "rescored": searched.get("rescored", ""),
+        **{key: searched.get(key, "") for key in ("path", "fallback_rows", "rescored")},
         "fma_gflops": machine.get("fma", ""),
         "int8_gops": machine.get("int8", ""),
         "copy_gbs": machine.get("copy", ""),
@@ -85,12 +83,11 @@ def peaks() -> dict[str, float]:
 
 
 def _searches(call) -> dict:
-    """Which scan answered the rows of one call, and how many the certified one gave up or scored again."""
-    before = _C.search_counts()
-    call()
-    count = {key: after - before[key] for key, after in _C.search_counts().items()}
-    path = "+".join(name for name, key in (("int8", "int8"), ("float32", "full")) if count[key])
-    return {"path": path, "fallback_rows": count["fallback"], "rescored": count["rescored"]}
+    """Which scan answered the rows of one call, how many rows the certified one gave up, what it scored again."""
+    with tokenflow_ext.trace() as searched:
+        call()
+    path = "+".join(name for name, rows in (("int8", searched.int8), ("full", searched.full)) if rows)
+    return {"path": path, "fallback_rows": searched.fallback, "rescored": searched.rescored}
 
 
 def _forget_peak() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from tokenflow_ext import _C
+import tokenflow_ext
 
 
 class Prepared:
@@ -49,11 +49,8 @@ def float32_search(call: Callable) -> Callable:
     """The native call with the float32 scan, where the default may be the certified int8 scan."""
 
     def forced():
-        before = _C.search_precision(1)
-        try:
+        with tokenflow_ext.search_precision("full"):
             return call()
-        finally:
-            _C.search_precision(before)
 
     return forced
 

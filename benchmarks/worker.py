@@ -74,16 +74,20 @@ class Worker:
         return answer
 
     def _settle(self) -> None:
-        """Waits until the threads of the process sleep: CPU time of its own clock stands still."""
-        clock = (~self._process.pid << 3) | 2  # what clock_getcpuclockid() returns on Linux
+        """Waits until the threads of the process sleep: until its CPU clock stands still for more than a scheduler's tick,
+        at which the kernel brings the clock of a running thread up to date.
+        """
+        now, before = self.cpu_seconds(), -1.0
+        while now - before > 1e-4:
+            time.sleep(0.012)
+            now, before = self.cpu_seconds(), now
+
+    def cpu_seconds(self) -> float:
+        """What the process has used of the processor; 0 where another process's clock cannot be read."""
         try:
-            before = time.clock_gettime(clock)
-            time.sleep(0.002)
-            while (now := time.clock_gettime(clock)) - before > 1e-4:
-                before = now
-                time.sleep(0.002)
+            return time.clock_gettime((~self._process.pid << 3) | 2)  # what clock_getcpuclockid() returns on Linux
         except OSError:
-            time.sleep(0.05)
+            return 0.0
 
 
 def _serve(pipe, module: str, name: str, provider: str) -> None:
