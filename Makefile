@@ -1,5 +1,5 @@
 # make test   all tests, in a venv of its own          make demo   the demo, from nothing to runs/demo/index.html
-# make bench  benchmarks against pure PyTorch           make dev    an in-place build for work on the kernels
+# make bench  benchmarks, README's table and pictures   make dev    an in-place build for work on the kernels
 # make tools  what some tests need beside Python: the compiler and the emulator of aarch64, from Debian's packages
 # make test-aarch64       the core, cross-compiled for aarch64 and emulated, bit for bit
 # make test-aarch64-full  the Python package with aarch64's torch, emulated: TESTS=tests/test_golden.py (hours for all)
@@ -31,8 +31,9 @@ tools:
 		apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user; } || \
 		echo 'NOT INSTALLED: g++-aarch64-linux-gnu and qemu-user. The tests of aarch64 will be skipped.'
 
-bench: $(VENV)/test
+bench: $(VENV)/bench
 	$(VENV)/bin/pytest --benchmark
+	$(VENV)/bin/python benchmarks/report.py
 
 demo: $(VENV)/demo
 	$(VENV)/bin/tokenflow demo
@@ -44,6 +45,10 @@ $(VENV)/torch:
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) '.[test]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/torch $(SOURCES)
+	$(PIP) '.[bench]'
 	touch $@
 
 # The weights of ST-LPIPS and of the caption vectors are read from their packages, whose code is not imported.
