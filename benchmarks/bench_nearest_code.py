@@ -15,11 +15,11 @@ from tokenflow_ext import ops, reference
 
 # rows, groups, codes, width, metric, rivals
 SIZES = {
-    "A, TokenFlow's pixel table": (16384, 0, 32768, 8, "l2", "float32 twin faiss tokenflow"),
+    "A, TokenFlow's pixel table": (16384, 0, 32768, 8, "l2", "float32 faiss tokenflow"),
     "A, cosine": (16384, 0, 32768, 8, "cosine", "faiss lucidrains"),
     "A, dot": (16384, 0, 32768, 8, "dot", "faiss"),
     "C, UniTok": (16384, 8, 4096, 8, "l2", "float32 faiss"),
-    "C, UniTok, cosine": (16384, 8, 4096, 8, "cosine", "twin faiss unitok"),
+    "C, UniTok, cosine": (16384, 8, 4096, 8, "cosine", "faiss unitok"),
     "D, wide VAR": (65536, 0, 8192, 32, "l2", "float32 faiss"),
     "E, VQGAN": (16384, 0, 16384, 256, "l2", "float32 twin faiss"),
     "LlamaGen": (4096, 0, 16384, 8, "cosine", "twin faiss"),

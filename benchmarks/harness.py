@@ -23,7 +23,7 @@ __all__ = ["Problem", "assert_close", "assert_same_ids", "compare", "normal"]
 SECONDS = 1.2  # of turns for each provider
 TURN = 0.02  # seconds at least, by repeating short calls
 ROUNDS = (3, 11)
-SLOW = 1.0  # seconds of a call that gets two rounds only
+SLOW = 2.5  # seconds of a call that gets two rounds only
 
 
 @dataclass
