@@ -66,14 +66,22 @@ def test_half_gradients_are_summed_in_float32(dtype):
 
 
 def test_gradient_follows_row_order_not_threads():
-    codebook, indices, upstream = normal(50, 24, seed=1), integers(5000, high=50), normal(5000, 24, seed=2)
+    codebook, indices, upstream = normal(700, 24, seed=1), integers(5000, high=700), normal(5000, 24, seed=2)
 
     def gradient():
         (leaf,) = leaves(codebook)
         return torch.autograd.grad(lookup(indices, leaf, backend="native"), leaf, upstream)[0]
 
-    first, *others = with_threads((1, 2, 3, 8), gradient)
+    first, *others = with_threads((1, 2, 3, 8, 64), gradient)
     assert all(same_bits(first, other) for other in others)
+
+
+def test_large_results_pass_the_cache_by():
+    """Results beyond the cache are streamed: the same bits, for widths with and without whole registers."""
+    for width, groups in ((8, 1), (6, 1), (12, 2)):
+        codebook, indices = normal(groups, 90, width), integers(2**19 + 3, groups, high=90)
+        found = lookup(indices, codebook, backend="native")
+        assert same_bits(found, codebook[torch.arange(groups), indices])
 
 
 def test_second_derivative_raises():

@@ -294,6 +294,21 @@ def test_dead_codes_take_rows_of_the_batch(kind, update):
     assert quantizer.usage() > 0.6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_search_counts_what_a_recount_counts(kind, update, dtype):
+    """Statistics that come out of the search leave the same bits as those taken again from rows and ids."""
+    x = normal(300, 12, seed=1, dtype=dtype)
+    x[7, 11] = float("nan")
+    searched, recounted = build(kind, update=update), build(kind, update=update)
+    with pytest.warns(RuntimeWarning, match="1 rows"):
+        ids = searched(x).indices
+        recounted.codebook.observe(recounted._flat(x), ids.reshape(300, -1), "native")
+    expected = state(recounted)
+    assert not changed(searched, expected) and int(searched.codebook.hits.sum()) in (299, 3 * 300 - 1)
+
+
 def test_unused_codes_stay_without_a_threshold():
     quantizer = build(update="ema")
     before = quantizer.codebooks()[0].clone()

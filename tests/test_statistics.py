@@ -55,10 +55,27 @@ def test_groups_and_leading_axes():
         assert torch.equal(counts[g], alone[0]) and same_bits(sums[g], alone[1])
 
 
-def test_threads_change_no_bit():
-    x, indices = normal(6000, 40, seed=1), integers(6000, high=50)
-    first, *others = with_threads((1, 2, 3, 8), lambda: code_statistics(x, indices, 50, backend="native"))
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "codes", "groups", "width"), [(6000, 50, 1, 40), (5000, 9000, 1, 8), (3000, 300, 8, 8)]
+)
+def test_threads_and_buckets_change_no_bit(rows, codes, groups, width, skewed):
+    """Threads and buckets only decide who adds: every code adds its rows in row order, in float64."""
+    x, indices = normal(rows, groups, width, seed=1), integers(rows, groups, high=codes)
+    x[7, 0, 3] = float("nan")
+    if skewed:  # half of the rows chose one code
+        indices[::2] = codes - 1
+    with pytest.warns(RuntimeWarning, match="1 rows"):
+        first, *others = with_threads(
+            (1, 2, 3, 8, 64), lambda: code_statistics(x, indices, (groups, codes), backend="native")
+        )
     assert all(same_bits(a, b) for other in others for a, b in zip(first, other))
+    good = x.isfinite().all(-1)
+    wide, counts = torch.zeros(groups, codes, width, dtype=torch.float64), torch.zeros(groups, codes)
+    for g in range(groups):
+        wide[g].index_add_(0, indices[good[:, g], g], x[good[:, g], g].double())
+        counts[g].index_add_(0, indices[good[:, g], g], torch.ones(int(good[:, g].sum())))
+    assert torch.equal(first[0], counts) and same_bits(first[1], wide.float())
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -158,7 +175,7 @@ def test_threads_change_no_bit_of_the_ema():
         ema_update_(*state, decay=0.9, backend="native")
         return state[:3]
 
-    first, *others = with_threads((1, 2, 3, 8), call)
+    first, *others = with_threads((1, 2, 3, 8, 64), call)
     assert all(same_bits(a, b) for other in others for a, b in zip(first, other))
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
+from tokenflow_ext.ops.quantize import HITS, NOTHING, SUMS
 
 UPDATES = ("gradient", "ema", "none")
 
@@ -165,36 +166,61 @@ class Codebook(nn.Module):
         ids = ops.shared_nearest_code(parts, self.tables(), metric=self.metric, weights=weights, backend=backend)
         return ids[:, None]
 
+    def wanted_statistics(self) -> int:
+        """What `observe` needs to know of the rows: nothing, how many chose each code, or also their sums."""
+        if not self.training or _recomputing():
+            return NOTHING
+        return SUMS if self.update == "ema" else HITS
+
     @torch.no_grad()
-    def observe(self, rows: torch.Tensor, ids: torch.Tensor, backend: str) -> None:
-        """Counts a training batch and moves the codebooks by it: rows [N, G, C], where finite, chose ids [N, G]."""
+    def observe(self, rows: torch.Tensor, ids: torch.Tensor, backend: str, counts=None, sums=None) -> None:
+        """Counts a training batch and moves the codebooks by it.
+
+        Args:
+            rows: [N, G, C]; those that are not finite count nowhere.
+            ids: [N, G] that they chose.
+            backend: of the ops.
+            counts: [G, K] rows of every code, and sums [G, K, C] of them as searched, where the search has them already.
+            sums: see counts.
+        """
         if not self.training or _recomputing():
             return
         rows = rows.detach()
-        good = rows.isfinite().all(-1)
-        offset = torch.arange(self.groups, device=ids.device) * self.codes
-        batch = (
-            torch.zeros_like(self.hits)
-            .view(-1)
-            .scatter_add_(0, (ids + offset).reshape(-1), good.to(torch.int64).reshape(-1))
-        )
-        batch = batch.view_as(self.hits)
-        self.hits += batch
+        if counts is None:
+            counts, sums = self._count(rows, ids, backend)
+        self.hits += counts.to(torch.int64)
         if self.update == "ema":
-            unit = self._unit(rows.to(self.table_0.dtype), backend)
-            counts, sums = ops.code_statistics(unit, ids, (self.groups, self.codes), backend=backend)
+            counts, sums = counts.to(self.ema_counts.dtype), sums.to(self.ema_sums.dtype)
             _all_reduce(counts, sums)
-            joined = self.joined()
-            state = (joined, self.ema_counts, self.ema_sums, counts, sums)
-            ops.ema_update_(*state, decay=self.decay, metric="l2", backend=backend)
-            # Unit table by table; codes without rows keep their bits.
-            self._write(torch.where((counts > 0)[..., None], self._unit(joined, backend), joined))
+            self._follow(counts, sums, backend)
         elif self.dead_code_threshold > 0:
-            counts = batch.to(self.ema_counts.dtype)
+            counts = counts.to(self.ema_counts.dtype)
             _all_reduce(counts)
             self.ema_counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         if self.dead_code_threshold > 0:
-            self._revive(rows, good, backend)
+            self._revive(rows, rows.isfinite().all(-1), backend)
+
+    def _count(self, rows: torch.Tensor, ids: torch.Tensor, backend: str):
+        """counts [G, K] and, where an average needs them, sums [G, K, C] of the rows as searched."""
+        if self.update == "ema":
+            unit = self._unit(rows.to(self.table_0.dtype), backend)
+            return ops.code_statistics(unit, ids, (self.groups, self.codes), backend=backend)
+        good = rows.isfinite().all(-1).to(torch.int64)
+        offset = torch.arange(self.groups, device=ids.device) * self.codes
+        counts = torch.zeros_like(self.hits).view(-1).scatter_add_(0, (ids + offset).reshape(-1), good.reshape(-1))
+        return counts.view_as(self.hits), None
+
+    def _follow(self, counts: torch.Tensor, sums: torch.Tensor, backend: str) -> None:
+        """The step of the moving averages; codes without rows keep their bits."""
+        if len(self.widths) == 1 and self.table_0.is_contiguous():
+            state = (self.table_0.view_as(self.ema_sums), self.ema_counts, self.ema_sums, counts, sums)
+            ops.ema_update_(*state, decay=self.decay, metric=self.metric, backend=backend)
+            return
+        joined = self.joined()
+        state = (joined, self.ema_counts, self.ema_sums, counts, sums)
+        ops.ema_update_(*state, decay=self.decay, metric="l2", backend=backend)
+        # Unit table by table.
+        self._write(torch.where((counts > 0)[..., None], self._unit(joined, backend), joined))
 
     def _revive(self, rows: torch.Tensor, good: torch.Tensor, backend: str) -> None:
         fresh, take = self.joined(), torch.zeros_like(self.ema_counts, dtype=torch.bool)

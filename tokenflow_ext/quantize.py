@@ -11,6 +11,7 @@ from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._native import BACKENDS
 from tokenflow_ext.ops.multiscale import quantize_with_rows
+from tokenflow_ext.ops.quantize import quantize_and_count, shared_quantize_and_count
 
 __all__ = ["MultiScaleQuantizer", "Quantized", "SharedIndexQuantizer", "VectorQuantizer"]
 
@@ -89,15 +90,17 @@ class _Quantizer(nn.Module):
             "backend": self.backend,
         }
         tables = self.codebook.tables()
+        wanted = self.codebook.wanted_statistics()
         if len(tables) == 1:
-            quantized, indices, loss = ops.quantize(rows, tables[0], **options)
+            (quantized, indices, loss), *statistics = quantize_and_count(rows, tables[0], wanted, **options)
         else:
+            options["weights"] = self.weights
             parts = rows.split(self.codebook.widths, dim=-1)
-            quantized, indices, loss = ops.shared_quantize(parts, tables, weights=self.weights, **options)
+            (quantized, indices, loss), *statistics = shared_quantize_and_count(parts, tables, wanted, **options)
             quantized = torch.cat(quantized, dim=-1)
         if self.training:
             loss = self._with_entropy(loss, [grouped])
-            self.codebook.observe(grouped, indices.reshape(grouped.shape[:2]), self.backend)
+            self.codebook.observe(grouped, indices.reshape(grouped.shape[:2]), self.backend, *statistics)
         return Quantized(self._restore(quantized), indices, loss)
 
     def _with_entropy(self, loss: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:

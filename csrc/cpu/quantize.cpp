@@ -31,7 +31,7 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
       Best<T> best[kRowBlock];
       T* block = stage_rows + first * channels;
       for (int64_t r = 0; r < count; ++r) {
-        T* y = searched_rows + (first + r) * channels;
+        T* y = searched_rows + ((first + r) * groups + g) * channels;
         load(x, ((first + r) * groups + g) * channels, channels, y);
         good[r] = stage<T>(tables, y, block + r * channels);
         bad += !good[r];
@@ -51,7 +51,7 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
         store(quantized, at * channels, channels, code);
         if (rows_out) memcpy(rows_out + at * channels, code, channels * sizeof(T));
         if (!good[r]) continue;
-        const T* y = searched_rows + (first + r) * channels;
+        const T* y = searched_rows + at * channels;
         T square = 0;
         for (int64_t d = 0; d < channels; ++d) square += (code[d] - y[d]) * (code[d] - y[d]);
         sum += square;
@@ -76,7 +76,7 @@ Error quantize(View x, View codebook, Tables tables, double loss_weight, View se
   if (codebook.shape[1] < 1) return "quantize: codebook: wanted at least one code";
   const int64_t rows = x.shape[0], numbers = rows * x.shape[1] * x.shape[2];
   if (!holds(quantized, x.type, numbers) || !holds(indices, kInt64, rows * x.shape[1]) || !holds(loss, codebook.type, 1) ||
-      !holds(status, kInt64, 1) || !holds(searched, codebook.type, rows * x.shape[2]) ||
+      !holds(status, kInt64, 1) || !holds(searched, codebook.type, numbers) ||
       !holds(staged, codebook.type, rows * x.shape[2]) || !holds(partial, kFloat64, x.shape[1] * ((rows + 63) / 64)) ||
       !holds_search(codebook.type, workspace, rows, codebook.shape[1], x.shape[2], threads) ||
       (code_rows.type != kNone && !holds(code_rows, codebook.type, numbers)) ||

@@ -19,8 +19,13 @@ from tokenflow_ext.ops._native import (
 from tokenflow_ext.ops._sums import sum_space
 from tokenflow_ext.ops.search import concatenate, search_space, tables_of
 
+# What a training step asks for beside the result: nothing, the rows of every code, or those and their sums.
+NOTHING, HITS, SUMS = 0, 1, 2
 
-def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward):
+
+def _quantize(
+    x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward, statistics=NOTHING
+):  # fmt: skip
     x, codebook = x.contiguous(), codebook.contiguous()
     rows, groups, channels = x.shape
     quantized = torch.empty_like(x)
@@ -29,7 +34,7 @@ def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_
     # What backward reads: never the codebook, which an EMA may have moved by then, nor the output, which is the user's.
     code_rows = codebook.new_empty(x.shape) if for_backward else None
     code_norms = codebook.new_empty((rows, groups, len(widths))) if for_backward and metric == "cosine" else None
-    searched, staged = codebook.new_empty((2, rows, channels)).unbind()
+    searched, staged = codebook.new_empty(x.shape), codebook.new_empty((rows, channels))
     workspace = search_space(rows, codebook.shape[1], channels, codebook.dtype)
     partial = torch.empty((groups, -(-rows // 64)), dtype=torch.float64)
     _C.quantize(
@@ -38,12 +43,33 @@ def _quantize(x, codebook, widths, weights, metric, commitment_weight, codebook_
         view(code_rows), view(code_norms), view(status), threads(),
     )  # fmt: skip
     warn_non_finite("quantize", status)
+    counts, sums = _statistics(searched, indices, codebook.shape[1], statistics, int(status))
     # Each output needs storage of its own, empty ones too.
-    code_rows, code_norms = (codebook.new_empty(0) if t is None else t for t in (code_rows, code_norms))
-    return quantized, indices, loss, code_rows, code_norms
+    kept = (codebook.new_empty(0) if t is None else t for t in (code_rows, code_norms, counts, sums))
+    return quantized, indices, loss, *kept
 
 
-def _quantize_fake(x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward):
+def _statistics(searched, indices, codes, statistics, left_out):
+    """counts [G, K] and sums [G, K, C] of the rows as searched, `left_out` of which are not finite; None where not wanted."""
+    rows, groups, channels = searched.shape
+    if statistics == NOTHING:
+        return None, None
+    if statistics == HITS:
+        ids = indices if groups == 1 else indices + torch.arange(groups) * codes
+        ids = ids.reshape(-1) if left_out == 0 else ids[searched.isfinite().all(-1)]
+        return torch.bincount(ids, minlength=groups * codes).view(groups, codes).to(searched.dtype), None
+    counts, sums = searched.new_empty((groups, codes)), searched.new_empty((groups, codes, channels))
+    space = sum_space(rows, groups, codes, channels)
+    status = torch.empty(2, dtype=torch.int64)
+    _C.code_statistics(
+        view(searched), view(indices), *(view(t) for t in space), view(counts), view(sums), view(status)
+    )  # fmt: skip
+    return counts, sums
+
+
+def _quantize_fake(
+    x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward, statistics=NOTHING
+):  # fmt: skip
     rows, groups, _ = x.shape
     return (
         x.new_empty(x.shape),
@@ -51,6 +77,8 @@ def _quantize_fake(x, codebook, widths, weights, metric, commitment_weight, code
         codebook.new_empty(()),
         codebook.new_empty(x.shape if for_backward else (0,)),
         codebook.new_empty((rows, groups, len(widths)) if for_backward and metric == "cosine" else (0,)),
+        codebook.new_empty(codebook.shape[:2] if statistics != NOTHING else (0,)),
+        codebook.new_empty(codebook.shape if statistics == SUMS else (0,)),
     )
 
 
@@ -88,9 +116,9 @@ def _quantize_backward_fake(
 
 
 def _setup(ctx, inputs, output):
-    x, codebook, widths, weights, metric, commitment_weight, codebook_weight, _ = inputs
-    _, indices, _, code_rows, code_norms = output
-    ctx.mark_non_differentiable(indices, code_rows, code_norms)
+    x, codebook, widths, weights, metric, commitment_weight, codebook_weight, *_ = inputs
+    _, indices, _, code_rows, code_norms, counts, sums = output
+    ctx.mark_non_differentiable(indices, code_rows, code_norms, counts, sums)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, code_rows, code_norms, indices)
     ctx.options = (codebook.shape[1], widths, metric, commitment_weight, codebook_weight)
@@ -100,18 +128,19 @@ def _backward(ctx, grad_quantized, grad_indices, grad_loss, *_):
     x, code_rows, code_norms, indices = ctx.saved_tensors
     wants_x, wants_codebook = ctx.needs_input_grad[:2]
     if grad_quantized is None and grad_loss is None:
-        return (None,) * 8
+        return (None,) * 9
     # Straight-through values send nothing to the codebook.
     reaches_codebook = wants_codebook and grad_loss is not None
     grad_x, grad_codebook = torch.ops.tokenflow_ext.quantize_backward(
         x, code_rows, code_norms, indices, grad_quantized, grad_loss, *ctx.options, wants_x, reaches_codebook
     )
-    return grad_x if wants_x else None, grad_codebook if reaches_codebook else None, *(None,) * 6
+    return grad_x if wants_x else None, grad_codebook if reaches_codebook else None, *(None,) * 7
 
 
 define(
     "quantize(Tensor x, Tensor codebook, int[] widths, float[] weights, str metric, float commitment_weight, "
-    "float codebook_weight, bool for_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float codebook_weight, bool for_backward, int statistics=0) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _quantize,
     _quantize_fake,
 )
@@ -125,9 +154,9 @@ define_backward(
 torch.library.register_autograd("tokenflow_ext::quantize", _backward, setup_context=_setup, lib=LIBRARY)
 
 
-def _call(x, codebook, *options):
+def _call(x, codebook, *options, statistics):
     for_backward = torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)
-    return torch.ops.tokenflow_ext.quantize(x, codebook, *options, for_backward)
+    return torch.ops.tokenflow_ext.quantize(x, codebook, *options, for_backward, statistics)
 
 
 def quantize(
@@ -168,6 +197,15 @@ def quantize(
         >>> quantized.detach(), indices
         (tensor([[1., 0.]]), tensor([1]))
     """
+    options = {"commitment_weight": commitment_weight, "codebook_weight": codebook_weight, "backend": backend}
+    return quantize_and_count(x, codebook, NOTHING, metric=metric, **options)[0]
+
+
+def quantize_and_count(x, codebook, statistics, *, metric, commitment_weight, codebook_weight, backend):
+    """`quantize`, and what a training step wants of its rows: (Quantized, counts [G, K], sums [G, K, C] of the rows as searched).
+
+    `statistics` is NOTHING, HITS or SUMS; what was not asked for is empty, and both are None where the twin ran.
+    """
     rows, table = _check.rows_and_table("quantize", x, codebook)
     _check.metric("quantize", metric)
     commitment_weight = _check.non_negative("quantize", "commitment_weight", commitment_weight)
@@ -175,10 +213,11 @@ def quantize(
     options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
     if not use_native("quantize", backend, x.device):
         _check.warn_about_rows("quantize", rows)
-        return reference.quantize(x, codebook, **options)
+        return reference.quantize(x, codebook, **options), None, None
     table = table.to(real(x, codebook))
-    out = _call(rows, table, [x.shape[-1]], [1.0], metric, commitment_weight, codebook_weight)
-    return Quantized(out[0].reshape(x.shape), out[1].reshape(x.shape[:-1]), out[2])
+    options = [x.shape[-1]], [1.0], metric, commitment_weight, codebook_weight
+    out = _call(rows, table, *options, statistics=statistics)
+    return Quantized(out[0].reshape(x.shape), out[1].reshape(x.shape[:-1]), out[2]), *out[5:]
 
 
 def shared_quantize(
@@ -219,6 +258,14 @@ def shared_quantize(
         >>> semantic.shape, pixel.shape, indices.shape
         (torch.Size([5, 32]), torch.Size([5, 8]), torch.Size([5]))
     """
+    options = {"commitment_weight": commitment_weight, "codebook_weight": codebook_weight, "backend": backend}
+    return shared_quantize_and_count(xs, codebooks, NOTHING, metric=metric, weights=weights, **options)[0]
+
+
+def shared_quantize_and_count(
+    xs, codebooks, statistics, *, metric, weights, commitment_weight, codebook_weight, backend
+):  # fmt: skip
+    """`quantize_and_count` over T tables, whose channels lie side by side in the sums."""
     op = "shared_quantize"
     widths, weights = _check.shared_tables(op, xs, codebooks, weights)
     _check.metric(op, metric)
@@ -227,9 +274,10 @@ def shared_quantize(
     options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
     if not use_native(op, backend, xs[0].device):
         _check.warn_about_rows(op, *xs)
-        return reference.shared_quantize(xs, codebooks, weights=weights, **options)
+        return reference.shared_quantize(xs, codebooks, weights=weights, **options), None, None
     x, codebook = concatenate(xs, codebooks)
-    out = _call(x, codebook, widths, weights, metric, commitment_weight, codebook_weight)
+    options = widths, weights, metric, commitment_weight, codebook_weight
+    out = _call(x, codebook, *options, statistics=statistics)
     parts = out[0].split(widths, dim=-1)
     quantized = tuple(part.reshape(x.shape) for part, x in zip(parts, xs))
-    return Quantized(quantized, out[1].reshape(xs[0].shape[:-1]), out[2])
+    return Quantized(quantized, out[1].reshape(xs[0].shape[:-1]), out[2]), *out[5:]
