@@ -73,18 +73,23 @@ static void finish_row(const Forward<T>& call, int64_t s, int64_t offset, int64_
   call.partial[n] = code[0] == code[0] ? square : 0;
 }
 
-// ids of the staged rows of one scale.
+constexpr int64_t kWorthSearch = 1 << 20;  // products of a search that take longer than waking a thread
+
+// ids of the staged rows of one scale, in one parallel region where that pays: threads share blocks of rows, or the
+// codes where there are too few rows.
 template <class T>
 static void search_scale(const Forward<T>& call, const Index<T>& index, int64_t s, int64_t offset) {
   const Loop<T>& loop = call.loop;
-  const int64_t cells = loop.grid(s).cells(), rows = loop.batch * cells;
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  const bool share = shares_blocks(blocks, call.threads);
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic) if (share && blocks > 1)
+  const int64_t rows = loop.batch * loop.grid(s).cells();
+  const int threads = rows * loop.codes * loop.channels < kWorthSearch ? 1 : call.threads;
+  const int64_t even = (rows / (2 * threads) + 7) / 8 * 8, fitting = even < 8 ? 8 : even < kRowBlock ? even : kRowBlock;
+  const bool share = threads == 1 || rows > (threads - 1) * fitting;
+  const int64_t block = share ? fitting : kRowBlock, blocks = (rows + block - 1) / block;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (share && threads > 1)
   for (int64_t i = 0; i < blocks; ++i) {
     Best<T> best[kRowBlock];
-    const int64_t first = i * kRowBlock, count = rows - first < kRowBlock ? rows - first : kRowBlock;
-    search(index, call.staged + first * loop.channels, count, best, share ? 1 : call.threads);
+    const int64_t first = i * block, count = rows - first < block ? rows - first : block;
+    search(index, call.staged + first * loop.channels, count, best, share ? 1 : threads);
     for (int64_t r = 0; r < count; ++r) finish_row(call, s, offset, first + r, best[r].id);
   }
 }
