@@ -4,7 +4,8 @@ import torch
 from harness import near_ties, normal
 
 from tokenflow_ext import ops
-from tokenflow_ext.reference.multiscale import scale_sizes, split_rows
+from tokenflow_ext._scales import grids
+from tokenflow_ext.reference.multiscale import split_rows
 from tokenflow_ext.reference.quantize import searched
 from tokenflow_ext.reference.resample import resample
 
@@ -70,7 +71,7 @@ def followed(features, codebooks, ids, options) -> int:
 def frozen_multiscale(features, codebooks, ids, options, commitment_weight=0.25, codebook_weight=1.0, at=None):
     """The surrogate of multiscale_quantize on codes: ids and every stop-gradient value are constants taken at `at`."""
     metric = options.get("metric", "cosine")
-    sizes, size = scale_sizes(options["scales"]), tuple(features.shape[2:])
+    sizes, size = grids("multiscale", options["scales"]), tuple(features.shape[2:])
     widths = [c.shape[1] for c in codebooks]
     unit = options.get("normalize_codes", metric == "cosine")
     constants = at or (features.detach(), [c.detach() for c in codebooks])

@@ -198,7 +198,7 @@ def test_thread_counts_and_batches(mode):
         rows = ops.multiscale_rows(features, out.indices, codebooks, **options, backend="native")
         return [*out, decoded, *grads, rows]
 
-    one, *more = with_threads((1, 2, 3), call)
+    one, *more = with_threads((1, 2, 3, 8, 64), call)
     for other in more:
         assert all(same_bits(a, b) for a, b in zip(one, other))
     for b in (0, 17, 36):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from tokenflow_ext._scales import grids, pair
 from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import real
 
@@ -35,24 +36,6 @@ class Setup(NamedTuple):
         if self.phi is None:
             return None, None, 0.0
         return self.phi[0].to(self.dtype), self.phi[1].to(self.dtype), float(self.phi[2])
-
-
-def _pair(op: str, name: str, value) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(n, int) for n in pair):
-        raise TypeError(f"{op}: {name}: wanted an int or a pair (h, w), got {value!r}")
-    if min(pair) < 1:
-        raise ValueError(f"{op}: {name}: wanted at least 1, got {value!r}")
-    return int(pair[0]), int(pair[1])
-
-
-def grids(op: str, scales) -> list[tuple[int, int]]:
-    """Scales as pairs (h, w)."""
-    if not isinstance(scales, Sequence) or isinstance(scales, str):
-        raise TypeError(f"{op}: scales: wanted a sequence of ints or pairs (h, w), got {type(scales).__name__}")
-    if len(scales) < 1:
-        raise ValueError(f"{op}: scales: wanted at least one, got none")
-    return [_pair(op, f"scales[{i}]", scale) for i, scale in enumerate(scales)]
 
 
 def unit_codes(op: str, metric: str, normalize_codes: bool | None) -> bool:
@@ -101,7 +84,7 @@ def setup(op, codebooks, scales, size, metric, phi, normalize_codes, *, weights=
     widths = _tables(op, codebooks)
     _check.metric(op, metric)
     unit = unit_codes(op, metric, normalize_codes)
-    size = _pair(op, "size", tuple(size) if isinstance(size, torch.Size) else size)
+    size = pair(op, "size", tuple(size) if isinstance(size, torch.Size) else size)
     if features is not None:
         _check.same_device(op, features=features, **{"codebooks[0]": codebooks[0]})
         if features.shape[1] != sum(widths):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenflow_ext._scales import grids, pair
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.reference._exact import exact
 from tokenflow_ext.reference.quantize import lookup, real_type, search, searched
@@ -18,11 +19,6 @@ from tokenflow_ext.reference.resample import resample
 
 Phi = tuple[Tensor, Tensor, float, Sequence[int]]
 Scales = Sequence[int | tuple[int, int]]
-
-
-def scale_sizes(scales: Scales) -> list[tuple[int, int]]:
-    """Grids (h, w) of a list in which an int n stands for (n, n)."""
-    return [(s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in scales]
 
 
 def split_rows(rows: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
@@ -108,7 +104,7 @@ def multiscale_quantize(
     residual = x.detach() if loss_on == "accumulated" else x
     accumulated = torch.zeros_like(x)
     loss, indices = x.new_zeros(()), []
-    for s, grid in enumerate(scale_sizes(scales)):
+    for s, grid in enumerate(grids("multiscale_quantize", scales)):
         rows = _pooled_rows(residual, grid)
         finite = rows.isfinite().all(dim=-1, keepdim=True)
         index = search(rows.detach().flatten(0, 1)[:, None], tables[None], dims, weights, metric).view(rows.shape[:2])
@@ -144,7 +140,7 @@ def multiscale_rows(
     normalize_codes: bool | None = None,
 ) -> Tensor:
     """Twin of `tokenflow_ext.ops.multiscale_rows`, which documents arguments and result."""
-    sizes = scale_sizes(scales)
+    sizes = grids("multiscale_rows", scales)
     residual = features.to(real_type(features, *codebooks)).movedim(1, -1)
     size = tuple(features.shape[2:])
     pieces = []
@@ -186,7 +182,9 @@ def multiscale_decode(
 ) -> Tensor:
     """Twin of `tokenflow_ext.ops.multiscale_decode`, which documents arguments and result."""
     table = _codes(codebooks, real_type(*codebooks), metric, normalize_codes)
-    maps = _running_maps(indices, table, scale_sizes(scales), scale_sizes([size])[0], phi)
+    maps = _running_maps(
+        indices, table, grids("multiscale_decode", scales), pair("multiscale_decode", "size", size), phi
+    )
     return maps[-1].movedim(-1, 1).contiguous()
 
 
@@ -220,7 +218,7 @@ def multiscale_inputs(
     normalize_codes: bool | None = None,
 ) -> Tensor:
     """Twin of `tokenflow_ext.ops.multiscale_inputs`, which documents arguments and result."""
-    sizes = scale_sizes(scales)
+    sizes = grids("multiscale_inputs", scales)
     table = _codes(codebooks, real_type(*codebooks), metric, normalize_codes)
     if rule == "chain":
         inputs, states = _chain_states(indices, table, sizes)
@@ -228,7 +226,7 @@ def multiscale_inputs(
             inputs[refine - 1] = states[refine - 1]
         inputs = inputs[1:]
     else:
-        maps = _running_maps(indices, table, sizes, scale_sizes([size])[0], phi)
+        maps = _running_maps(indices, table, sizes, pair("multiscale_inputs", "size", size), phi)
         inputs = [resample(m, grid, "area") for m, grid in zip(maps[1:], sizes[1:])]
     rows = [i.flatten(1, 2) for i in inputs]
     return torch.cat(rows, dim=1) if rows else table.new_zeros(len(indices), 0, table.shape[1])
