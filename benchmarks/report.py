@@ -14,7 +14,7 @@ import table
 ROOT = Path(__file__).parent.parent
 MEASURED = Path(__file__).parent / "measured.csv"
 BEGIN, END = "<!-- measured: benchmarks/report.py -->", "<!-- /measured -->"
-QUOTED = (  # op and size, as they begin
+QUOTED = (  # op, and size as it begins
     ("nearest_code", "A, TokenFlow's pixel table"),
     ("nearest_code", "A, cosine"),
     ("nearest_code", "C, UniTok:"),
@@ -25,7 +25,9 @@ QUOTED = (  # op and size, as they begin
     ("shared_nearest_code", "B1"),
     ("shared_quantize, forward", "64 images"),
     ("shared_quantize, forward + backward", "16 images"),
-    ("multiscale_quantize", ""),
+    ("multiscale_quantize, TokenFlow, forward", ""),
+    ("multiscale_quantize, TokenFlow, forward + backward", ""),
+    ("multiscale_quantize, VAR, forward", ""),
     ("training step", "TokenFlow's pixel table, EMA"),
     ("entropy_loss, forward + backward", ""),
     ("soft_quantize, forward + backward", ""),
@@ -43,7 +45,7 @@ def readme_table(rows: list[dict]) -> str:
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     native = {(r["op"], r["size"]): r for r in rows if r["provider"] == "native"}
-    chosen = {id(r): r for op, size in QUOTED for r in rows if r["op"].startswith(op) and r["size"].startswith(size)}
+    chosen = {id(r): r for op, size in QUOTED for r in rows if r["op"] == op and r["size"].startswith(size)}
     last = None
     for row in chosen.values():
         problem = row["op"], row["size"]
@@ -54,7 +56,7 @@ def readme_table(rows: list[dict]) -> str:
         times = f"{row['times_faster']:.3g}x"
         lines.append(
             f"| {first} | {row['provider']} | {table.time(own['ms'])} | {table.time(row['ms'])} | "
-            f"{times if row['times_faster'] >= 2 else f'**{times}**'} | {own['mb']:.3g} MB | {row['mb']:.3g} MB |"
+            f"{times if row['times_faster'] >= 2 else f'**{times}**'} | {table.size(own['mb'])} | {table.size(row['mb'])} |"
         )
         last = problem
     return "\n".join([*lines, "", table.conditions(rows)])

@@ -59,7 +59,7 @@ def markdown(rows: list[dict]) -> str:
         lines.append(
             f"| {row['op']} | {row['size']} | {row['provider']} | {time(own['ms'])} | {time(row['ms'])} | "
             f"{row['times_faster']:.3g}x ({row['times_faster_q1']:.3g} to {row['times_faster_q3']:.3g}) | "
-            f"{own['mb']:.1f} MB | {row['mb']:.1f} MB |"
+            f"{size(own['mb'])} | {size(row['mb'])} |"
         )
     return "\n".join([*lines, "", conditions(rows)])
 
@@ -75,8 +75,12 @@ def conditions(rows: list[dict]) -> str:
 
 
 def time(ms: float) -> str:
-    """Milliseconds with a unit that suits them."""
-    return f"{1e3 * ms:.3g} us" if ms < 0.1 else f"{ms:.3g} ms" if ms < 1e4 else f"{1e-3 * ms:.3g} s"
+    """Milliseconds in a unit that suits them."""
+    return f"{1e3 * ms:.3g} us" if ms < 0.1 else f"{ms:.3g} ms" if ms < 999.5 else f"{1e-3 * ms:.3g} s"
+
+
+def size(mb: float) -> str:
+    return f"{mb:.0f} MB" if mb >= 100 else f"{mb:.2g} MB"
 
 
 def _problem(row: dict) -> tuple:
