@@ -80,11 +80,12 @@ static void def_op(py::module_& m, const char* name, Error (*op)(Args...) noexce
 template <class... Args>
 static void def_op(py::module_& m, const char* name, Error (*op)(Call&, Args...) noexcept) {
   m.def(name, [op](Args... args) {
-    Call call = {nullptr, 0, true, 0, 0};
-    Error error = op(call, args...);
+    Call call = {};
+    call.counting = true;
+    const Error error = op(call, args...);
     if (error) throw py::value_error(error);
-    const Scratch scratch(call.bytes);
-    call = {scratch.data(), 0, false, 0, 0};
+    const Scratch scratch(call.taken);
+    call = {scratch.data(), call.taken, 0, false, 0, 0};
     {
       py::gil_scoped_release release;
       op(call, args...);

@@ -71,19 +71,19 @@ inline Type type_of(const dl::Tensor& t) {
   return t.code == 0 && t.bits == 64 ? kInt64 : t.code == 1 && t.bits == 8 ? kUInt8 : kNone;
 }
 
-// False where the core has no name for the type or the rank.
+// False where the core has no name for the type. Of more than kMaxRank axes the first become one.
 inline bool read(const dl::Tensor& t, View* view) {
-  *view = {static_cast<char*>(t.data) + t.byte_offset, type_of(t), t.rank,
-           t.device_type == 1 ? -1 : t.device,         true,       {}};
-  if (view->type == kNone || t.rank > kMaxRank) return false;
+  const int joined = t.rank > kMaxRank ? t.rank - kMaxRank : 0;
+  *view = {static_cast<char*>(t.data) + t.byte_offset, type_of(t), t.rank - joined, t.device_type == 1 ? -1 : t.device, true, {}};
   int64_t run = 1;
   for (int i = t.rank - 1; i >= 0; --i) {
-    view->shape[i] = t.shape[i];
+    if (i >= joined) view->shape[i - joined] = t.shape[i];
+    if (i < joined) view->shape[0] *= t.shape[i];
     if (t.shape[i] != 1 && t.strides[i] != run) view->contiguous = false;
     run *= t.shape[i];
   }
   if (run == 0) view->contiguous = true;
-  return true;
+  return view->type != kNone;
 }
 
 // The tensor lives while the call does: its caller's argument holds it.

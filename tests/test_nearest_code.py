@@ -226,7 +226,8 @@ def test_any_shape_gives_the_canonical_id(rows, codes, width, metric, scale, see
 
 @pytest.mark.parametrize(("topk", "scores"), [(1, False), (3, True)])
 def test_opcheck(topk, scores):
-    opcheck("nearest_code", normal(9, 2, 4), normal(2, 20, 4), [4], [1.0], "cosine", topk, 2, 19, scores)
+    opcheck("nearest_code", normal(9, 2, 4), normal(2, 20, 4), "cosine", topk, (2, 19), scores)
+    opcheck("nearest_code", normal(9, 4), normal(20, 4), "l2", topk, None, scores, [3, 1], [1.0, 0.5])
 
 
 def test_compile():

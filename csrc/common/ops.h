@@ -8,10 +8,9 @@
   Error normalize_rows_backward(View x /*[N, C]*/, View grad_y /*[N, C]*/, View grad_x /*[N, C]*/, int threads)     \
       noexcept;                                                                                                     \
   int64_t search_bytes(int64_t rows, int64_t topk, int64_t codes, int64_t channels, bool wide, int threads) noexcept; \
-  Error nearest_code(View x /*[N, G, C] any float*/, View codebook /*[G, K, C] real*/, Tables tables, int64_t lo,   \
-                     int64_t hi, View staged /*[N, C] real*/, View workspace /*[search_bytes] uint8*/,              \
-                     View indices /*[N, G, topk] int64*/, View scores /*[N, G, topk] real or none*/,                \
-                     View status /*[1] int64: non-finite rows*/, int threads) noexcept;                             \
+  Error nearest_code(Call& call, View x /*[..., G, C] any float*/, View codebook /*[G, K, C] real*/, Tables tables,  \
+                     int64_t topk, int64_t lo, int64_t hi, View indices /*[..., G, topk] int64*/,                   \
+                     View scores /*[..., G, topk] real or none*/, int threads) noexcept;                            \
   Error quantize(View x /*[N, G, C] any float*/, View codebook /*[G, K, C] real*/, Tables tables,                   \
                  double loss_weight, View searched /*[N, G, C] real*/, View staged /*[N, C] real*/,                 \
                  View workspace, View partial /*[G, ceil(N / 64)] float64*/,                                           \

@@ -34,6 +34,29 @@ static inline bool dense(const View& v, int rank) {
   return v.type != kNone && v.rank == rank && v.contiguous && v.device == -1;
 }
 
+// Tensors come in the shapes that users give them; without gaps, a kernel's view of one moves nothing.
+// v [..., G, inner axes] as [N, G, inner axes]; where there are no groups, [..., inner axes] as [N, 1, inner axes].
+static inline View by_group(const View& v, bool groups, int inner) {
+  View out = v;
+  const int lead = v.rank - inner - groups;
+  if (lead < 0 || inner > 2) out.type = kNone;  // dense() is false then
+  out.rank = 2 + inner;
+  out.shape[0] = 1;
+  for (int i = 0; i < lead; ++i) out.shape[0] *= v.shape[i];
+  out.shape[1] = groups ? v.shape[lead] : 1;
+  for (int i = 0; i < inner; ++i) out.shape[2 + i] = v.shape[v.rank - inner + i];
+  return out;
+}
+
+// A codebook [G, K, C], or [K, C] as [1, K, C].
+static inline View with_groups(View codebook) {
+  if (codebook.rank != 2) return codebook;
+  for (int i = 2; i > 0; --i) codebook.shape[i] = codebook.shape[i - 1];
+  codebook.shape[0] = 1;
+  codebook.rank = 3;
+  return codebook;
+}
+
 static inline bool floating(const View& v) { return v.type >= kFloat32 && v.type <= kBFloat16; }
 
 // At least `numbers` of this type, as workspace must be.
@@ -54,8 +77,9 @@ using Error = const char*;
 // Scratch and counts of one call. The door calls an op twice: first `counting`, when it checks its arguments, takes its
 // scratch and returns; then with that many bytes of memory, when it takes the same again and runs.
 struct Call {
-  char* scratch;
-  int64_t bytes;
+  char* scratch;            // none while counting
+  int64_t size;             // bytes of scratch
+  int64_t taken;            // of them
   bool counting;
   int64_t ids_outside;      // of the table: Python raises
   int64_t rows_not_finite;  // Python warns
@@ -64,9 +88,17 @@ struct Call {
 // The next `count` numbers of scratch, aligned to cache lines; no pointer to use while counting.
 template <class T>
 static inline T* take(Call& call, int64_t count) {
-  char* const here = call.counting ? nullptr : call.scratch + call.bytes;
-  call.bytes += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  char* const here = call.counting ? nullptr : call.scratch + call.taken;
+  call.taken += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
   return reinterpret_cast<T*>(here);
+}
+
+// The last piece of scratch: what is left, at least `bytes` of it as they were counted.
+static inline View take_rest(Call& call, int64_t bytes) {
+  char* const here = call.counting ? nullptr : call.scratch + call.taken;
+  const int64_t rest = call.counting ? bytes : call.size - call.taken;
+  call.taken += bytes;
+  return {here, kUInt8, 1, -1, true, {rest}};
 }
 
 }  // namespace tokenflow_ext

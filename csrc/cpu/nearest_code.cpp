@@ -34,17 +34,19 @@ int64_t search_bytes(int64_t rows, int64_t topk, int64_t codes, int64_t channels
 }
 
 template <class T>
-static Error run(const View& x, const View& codebook, const Tables& tables, int64_t lo, int64_t hi, const View& staged,
-                 const View& workspace, const View& indices, const View& scores, const View& status, int threads) {
+static void run(Call& call, const View& x, const View& codebook, const Tables& tables, int64_t topk, int64_t lo,
+                int64_t hi, const View& indices, const View& scores, int threads) {
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = codebook.shape[1];
-  const int64_t topk = indices.shape[2], blocks = (rows + kRowBlock - 1) / kRowBlock;
-  T* stage_rows = static_cast<T*>(staged.data);
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, to_pack = rows_to_pack(rows, topk);
+  T* stage_rows = take<T>(call, rows * channels);
+  const View workspace = take_rest(call, bytes_of_search<T>(to_pack, hi - lo, channels, threads));
+  if (call.counting) return;
   T* score_out = static_cast<T*>(scores.data);
   int64_t* ids = static_cast<int64_t*>(indices.data);
   int64_t bad = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const Index<T> index = make_index(static_cast<const T*>(codebook.data) + (g * codes + lo) * channels, hi - lo,
-                                      channels, tables, rows_to_pack(rows, topk), workspace, threads);
+                                      channels, tables, to_pack, workspace, threads);
     const bool share = shares_blocks(blocks, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : bad) if (share && blocks > 1)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -75,28 +77,29 @@ static Error run(const View& x, const View& codebook, const Tables& tables, int6
       }
     }
   }
-  static_cast<int64_t*>(status.data)[0] = bad;
-  return nullptr;
+  call.rows_not_finite = bad;
 }
 
-Error nearest_code(View x, View codebook, Tables tables, int64_t lo, int64_t hi, View staged, View workspace,
-                   View indices, View scores, View status, int threads) noexcept {
-  if (!dense(x, 3) || !dense(codebook, 3) || !dense(indices, 3) || !floating(x) || indices.type != kInt64)
-    return "nearest_code: wanted contiguous floats x [N, G, C], codebook [G, K, C] and int64 indices [N, G, topk]";
+Error nearest_code(Call& call, View x, View codebook, Tables tables, int64_t topk, int64_t lo, int64_t hi, View indices,
+                   View scores, int threads) noexcept {
+  x = by_group(x, codebook.rank == 3, 1);
+  codebook = with_groups(codebook);
+  if (!dense(x, 3) || !dense(codebook, 3) || !floating(x))
+    return "nearest_code: wanted contiguous floats x [..., G, C] and codebook [G, K, C]";
   if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0] || !covers(tables, x.shape[2]))
     return "nearest_code: codebook: wanted the groups and the width of x";
-  if (indices.shape[0] != x.shape[0] || indices.shape[1] != x.shape[1] || !holds(status, kInt64, 1) ||
-      !holds(staged, codebook.type, x.shape[0] * x.shape[2]) ||
-      !holds_search(codebook.type, workspace, rows_to_pack(x.shape[0], indices.shape[2]), hi - lo, x.shape[2],
-                    threads) ||
-      (scores.type != kNone && !holds(scores, codebook.type, x.shape[0] * x.shape[1] * indices.shape[2])))
-    return "nearest_code: wanted outputs and workspace that fit the rows";
-  if (lo < 0 || hi > codebook.shape[1] || hi - lo < indices.shape[2]) return "nearest_code: window: wanted topk codes";
-  if (scores.type == kNone && indices.shape[2] > 64) return "nearest_code: topk: wanted a scores tensor above 64";
+  if (lo < 0 || hi > codebook.shape[1] || topk < 1 || hi - lo < topk) return "nearest_code: window: wanted topk codes";
+  if (!holds(indices, kInt64, x.shape[0] * x.shape[1] * topk) ||
+      (scores.type != kNone && !holds(scores, codebook.type, x.shape[0] * x.shape[1] * topk)))
+    return "nearest_code: wanted outputs that fit the rows";
+  if (scores.type == kNone && topk > 64) return "nearest_code: topk: wanted a scores tensor above 64";
   if (codebook.type == kFloat64)
-    return run<double>(x, codebook, tables, lo, hi, staged, workspace, indices, scores, status, threads);
-  if (codebook.type != kFloat32) return "nearest_code: codebook: wanted float32 or float64";
-  return run<float>(x, codebook, tables, lo, hi, staged, workspace, indices, scores, status, threads);
+    run<double>(call, x, codebook, tables, topk, lo, hi, indices, scores, threads);
+  else if (codebook.type == kFloat32)
+    run<float>(call, x, codebook, tables, topk, lo, hi, indices, scores, threads);
+  else
+    return "nearest_code: codebook: wanted float32 or float64";
+  return nullptr;
 }
 
 TOKENFLOW_END

@@ -75,20 +75,23 @@ def table(op: str, name: str, value, *, grouped: bool = True) -> torch.Tensor:
     return value
 
 
-def rows_and_table(op: str, x, codebook) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., D] with codebook [K, D], or x [..., G, D] with [G, K, D], as [N, G, D] and [G, K, D]."""
+def rows_fit(op: str, x, codebook) -> None:
+    """x [..., D] with codebook [K, D], or x [..., G, D] with [G, K, D]."""
     floating(op, "x", x)
     table(op, "codebook", codebook)
-    same_device(op, x=x, codebook=codebook)
-    grouped = codebook.dim() == 3
-    wanted = f"[..., {codebook.shape[0]}, {codebook.shape[2]}]" if grouped else f"[..., {codebook.shape[1]}]"
-    if (
-        x.dim() < codebook.dim() - 1
-        or x.shape[-1] != codebook.shape[-1]
-        or (grouped and x.shape[-2] != codebook.shape[0])
-    ):
-        raise ValueError(f"{op}: x: wanted {wanted} for a codebook {list(codebook.shape)}, got {list(x.shape)}")
-    groups, width = (codebook.shape[0] if grouped else 1), codebook.shape[-1]
+    if codebook.device != x.device:
+        same_device(op, x=x, codebook=codebook)
+    rows, codes = x.shape, codebook.shape
+    grouped = len(codes) == 3
+    if len(rows) < len(codes) - 1 or rows[-1] != codes[-1] or (grouped and rows[-2] != codes[0]):
+        wanted = f"[..., {codes[0]}, {codes[2]}]" if grouped else f"[..., {codes[1]}]"
+        raise ValueError(f"{op}: x: wanted {wanted} for a codebook {list(codes)}, got {list(rows)}")
+
+
+def rows_and_table(op: str, x, codebook) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., D] with codebook [K, D], or x [..., G, D] with [G, K, D], as [N, G, D] and [G, K, D]."""
+    rows_fit(op, x, codebook)
+    groups, width = (codebook.shape[0] if codebook.dim() == 3 else 1), codebook.shape[-1]
     return x.reshape(count(x.shape[: x.dim() - codebook.dim() + 1]), groups, width), codebook.reshape(groups, -1, width)
 
 

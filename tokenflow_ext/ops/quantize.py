@@ -276,8 +276,9 @@ def shared_quantize_and_count(
         _check.warn_about_rows(op, *xs)
         return reference.shared_quantize(xs, codebooks, weights=weights, **options), None, None
     x, codebook = concatenate(xs, codebooks)
+    x = x.reshape(_check.count(x.shape[:-1]), 1, x.shape[-1])
     options = widths, weights, metric, commitment_weight, codebook_weight
-    out = _call(x, codebook, *options, statistics=statistics)
+    out = _call(x, codebook[None], *options, statistics=statistics)
     parts = out[0].split(widths, dim=-1)
     quantized = tuple(part.reshape(x.shape) for part, x in zip(parts, xs))
     return Quantized(quantized, out[1].reshape(xs[0].shape[:-1]), out[2]), *out[5:]

@@ -6,7 +6,7 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import _C, define, real, threads, use_native, view, warn_non_finite
+from tokenflow_ext.ops._native import _C, constant, define, in_type, real, threads, use_native, warn_non_finite
 
 
 def tables_of(widths, weights, metric, unit_codes: bool | None = None):
@@ -21,31 +21,27 @@ def search_space(rows: int, codes: int, channels: int, dtype: torch.dtype, *, to
     return torch.empty(_C.search_bytes(rows, topk, codes, channels, wide, threads()), dtype=torch.uint8)
 
 
-def _nearest_code(x, codebook, widths, weights, metric, topk, lo, hi, with_scores):
+def _nearest_code(x, codebook, metric, topk=1, window=None, with_scores=False, widths=None, weights=None):
     x, codebook = x.contiguous(), codebook.contiguous()
-    rows, groups, channels = x.shape
-    indices = torch.empty((rows, groups, topk), dtype=torch.int64)
+    shape = x.shape[:-1] + (topk,) if topk > 1 else x.shape[:-1]
+    indices = x.new_empty(shape, dtype=torch.int64)
     # The kernel keeps up to 64 scores of a row on its own stack.
-    scores = codebook.new_empty((rows, groups, topk)) if with_scores or topk > 64 else None
-    staged = codebook.new_empty((rows, channels))
-    workspace = search_space(rows, hi - lo, channels, codebook.dtype, topk=topk)
-    status = torch.empty(1, dtype=torch.int64)
-    _C.nearest_code(
-        view(x), view(codebook), tables_of(widths, weights, metric), lo, hi,
-        view(staged), view(workspace), view(indices), view(scores), view(status), threads(),
-    )  # fmt: skip
-    warn_non_finite("nearest_code", status)
-    return indices, scores if with_scores else codebook.new_empty(0)
+    scores = codebook.new_empty(shape) if with_scores or topk > 64 else None
+    tables = tables_of(widths or x.shape[-1:], weights or (1.0,), metric)
+    lo, hi = window or (0, codebook.shape[-2])
+    _, bad = _C.nearest_code(x, codebook, tables, topk, lo, hi, indices, scores, threads())
+    warn_non_finite("nearest_code", bad)
+    return [indices, scores] if with_scores else [indices]
 
 
-def _nearest_code_fake(x, codebook, widths, weights, metric, topk, lo, hi, with_scores):
-    shape = (x.shape[0], x.shape[1], topk)
-    return x.new_empty(shape, dtype=torch.int64), codebook.new_empty(shape if with_scores else (0,))
+def _nearest_code_fake(x, codebook, metric, topk=1, window=None, with_scores=False, widths=None, weights=None):
+    shape = x.shape[:-1] + (topk,) if topk > 1 else x.shape[:-1]
+    return [x.new_empty(shape, dtype=torch.int64)] + [codebook.new_empty(shape)] * with_scores
 
 
-define(
-    "nearest_code(Tensor x, Tensor codebook, int[] widths, float[] weights, str metric, int topk, int lo, int hi, "
-    "bool with_scores) -> (Tensor, Tensor)",
+_NEAREST_CODE = define(
+    "nearest_code(Tensor x, Tensor codebook, str metric, int topk=1, SymInt[]? window=None, bool with_scores=False, "
+    "int[]? widths=None, float[]? weights=None) -> Tensor[]",
     _nearest_code,
     _nearest_code_fake,
 )
@@ -90,40 +86,30 @@ def nearest_code(
         >>> nearest_code(torch.tensor([[0.9, 1.2], [4.0, 6.0]]), codebook)
         tensor([1, 2])
     """
-    rows, table = _check.rows_and_table("nearest_code", x, codebook)
-    _check.metric("nearest_code", metric)
-    codes = table.shape[1]
-    lo, hi = (0, codes) if window is None else _window(window)
-    if not 0 <= lo < hi <= codes:
-        raise ValueError(f"nearest_code: window: wanted 0 <= lo < hi <= {codes}, got ({lo}, {hi})")
-    if not 1 <= _check.integer("nearest_code", "topk", topk) <= hi - lo:
-        raise ValueError(f"nearest_code: topk: wanted 1 to {hi - lo} codes of the window, got {topk}")
-    if not use_native("nearest_code", backend, x.device):
-        _check.warn_about_rows("nearest_code", rows)
+    op = "nearest_code"
+    _check.rows_fit(op, x, codebook)
+    _check.metric(op, metric)
+    lo, hi = (0, codebook.shape[-2]) if window is None else _window(window, codebook.shape[-2])
+    if not 1 <= _check.integer(op, "topk", topk) <= hi - lo:
+        raise ValueError(f"{op}: topk: wanted 1 to {hi - lo} codes of the window, got {topk}")
+    if not use_native(op, backend, x.device):
+        _check.warn_about_rows(op, x)
         return reference.nearest_code(x, codebook, metric=metric, topk=topk, window=window, return_scores=return_scores)
-    indices, scores = torch.ops.tokenflow_ext.nearest_code(
-        rows.detach(),
-        table.detach().to(real(x, codebook)),
-        [table.shape[2]],
-        [1.0],
-        metric,
-        topk,
-        lo,
-        hi,
-        return_scores,
-    )
-    shape = x.shape[:-1] + ((topk,) if topk > 1 else ())
-    return (indices.reshape(shape), scores.reshape(shape)) if return_scores else indices.reshape(shape)
+    codebook = in_type(codebook, real(x, codebook))
+    found = _NEAREST_CODE(constant(x), constant(codebook), metric, topk, window, return_scores)
+    return tuple(found) if return_scores else found[0]
 
 
-def _window(window) -> tuple[int, int]:
+def _window(window, codes: int) -> tuple[int, int]:
+    op = "nearest_code"
     if isinstance(window, (str, torch.Tensor)) or not isinstance(window, Sequence):
-        raise TypeError(f"nearest_code: window: wanted a pair (lo, hi), got {type(window).__name__}")
+        raise TypeError(f"{op}: window: wanted a pair (lo, hi), got {type(window).__name__}")
     if len(window) != 2:
-        raise ValueError(f"nearest_code: window: wanted a pair (lo, hi), got {len(window)} numbers")
-    return _check.integer("nearest_code", "window[0]", window[0]), _check.integer(
-        "nearest_code", "window[1]", window[1]
-    )
+        raise ValueError(f"{op}: window: wanted a pair (lo, hi), got {len(window)} numbers")
+    lo, hi = (_check.integer(op, f"window[{i}]", window[i]) for i in (0, 1))
+    if not 0 <= lo < hi <= codes:
+        raise ValueError(f"{op}: window: wanted 0 <= lo < hi <= {codes}, got ({lo}, {hi})")
+    return lo, hi
 
 
 def shared_nearest_code(xs, codebooks, *, metric: str = "cosine", weights=None, backend: str = "auto") -> torch.Tensor:
@@ -155,15 +141,12 @@ def shared_nearest_code(xs, codebooks, *, metric: str = "cosine", weights=None, 
     if not use_native(op, backend, xs[0].device):
         _check.warn_about_rows(op, *xs)
         return reference.shared_nearest_code(xs, codebooks, metric=metric, weights=weights)
-    x, codebook = concatenate([x.detach() for x in xs], [c.detach() for c in codebooks])
-    codes = codebook.shape[1]
-    indices, _ = torch.ops.tokenflow_ext.nearest_code(x, codebook, widths, weights, metric, 1, 0, codes, False)
-    return indices.reshape(xs[0].shape[:-1])
+    x, codebook = concatenate([constant(x) for x in xs], [constant(c) for c in codebooks])
+    return _NEAREST_CODE(x, codebook, metric, 1, None, False, widths, weights)[0]
 
 
 def concatenate(xs, codebooks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables that share an index are one table split by widths: rows [N, 1, C], codebook [1, K, C] of the real type."""
+    """Tables that share an index are one table split by widths: rows [..., C], codebook [K, C] of the real type."""
     dtype = real(*xs, *codebooks)
     x = torch.cat(tuple(xs), dim=-1) if len(xs) > 1 else xs[0]
-    codebook = torch.cat([c.to(dtype) for c in codebooks], dim=-1)
-    return x.reshape(_check.count(x.shape[:-1]), 1, x.shape[-1]), codebook[None]
+    return x, torch.cat([in_type(c, dtype) for c in codebooks], dim=-1)
