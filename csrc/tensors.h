@@ -74,7 +74,8 @@ inline Type type_of(const dl::Tensor& t) {
 // False where the core has no name for the type. Of more than kMaxRank axes the first become one.
 inline bool read(const dl::Tensor& t, View* view) {
   const int joined = t.rank > kMaxRank ? t.rank - kMaxRank : 0;
-  *view = {static_cast<char*>(t.data) + t.byte_offset, type_of(t), t.rank - joined, t.device_type == 1 ? -1 : t.device, true, {}};
+  *view = {static_cast<char*>(t.data) + t.byte_offset, type_of(t), t.rank - joined,
+           t.device_type == 1 ? -1 : t.device,         true,       {}};
   int64_t run = 1;
   for (int i = t.rank - 1; i >= 0; --i) {
     if (i >= joined) view->shape[i - joined] = t.shape[i];

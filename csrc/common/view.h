@@ -77,9 +77,9 @@ using Error = const char*;
 // Scratch and counts of one call. The door calls an op twice: first `counting`, when it checks its arguments, takes its
 // scratch and returns; then with that many bytes of memory, when it takes the same again and runs.
 struct Call {
-  char* scratch;            // none while counting
-  int64_t size;             // bytes of scratch
-  int64_t taken;            // of them
+  char* scratch;  // none while counting
+  int64_t size;   // bytes of scratch
+  int64_t taken;  // of them
   bool counting;
   int64_t ids_outside;      // of the table: Python raises
   int64_t rows_not_finite;  // Python warns

@@ -43,13 +43,11 @@ static void run(Call& call, const View& x, const View& codebook, const Tables& t
   if (call.counting) return;
   T* score_out = static_cast<T*>(scores.data);
   int64_t* ids = static_cast<int64_t*>(indices.data);
-  int64_t bad = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const Index<T> index = make_index(static_cast<const T*>(codebook.data) + (g * codes + lo) * channels, hi - lo,
                                       channels, tables, to_pack, workspace, threads);
     const bool share = shares_blocks(blocks, threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : bad) if (share && blocks > 1)
-    for (int64_t b = 0; b < blocks; ++b) {
+    const auto search_block = [&](int64_t b) {
       const int64_t first = b * kRowBlock, count = rows - first < kRowBlock ? rows - first : kRowBlock;
       bool good[kRowBlock];
       Best<T> best[kRowBlock];
@@ -57,7 +55,7 @@ static void run(Call& call, const View& x, const View& codebook, const Tables& t
       for (int64_t r = 0; r < count; ++r) {
         load(x, ((first + r) * groups + g) * channels, channels, block + r * channels);
         good[r] = stage<T>(tables, block + r * channels, block + r * channels);
-        bad += !good[r];
+        if (!good[r]) __atomic_fetch_add(&call.rows_not_finite, 1, __ATOMIC_RELAXED);
       }
       if (topk == 1) search(index, block, count, best, share ? 1 : threads);
       for (int64_t r = 0; r < count; ++r) {
@@ -75,9 +73,14 @@ static void run(Call& call, const View& x, const View& codebook, const Tables& t
           for (int64_t j = 0; j < topk; ++j) ids[out + j] += lo;
         }
       }
+    };
+    if (share && blocks > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+      for (int64_t b = 0; b < blocks; ++b) search_block(b);
+    } else {  // a region of one costs a microsecond
+      for (int64_t b = 0; b < blocks; ++b) search_block(b);
     }
   }
-  call.rows_not_finite = bad;
 }
 
 Error nearest_code(Call& call, View x, View codebook, Tables tables, int64_t topk, int64_t lo, int64_t hi, View indices,

@@ -135,7 +135,11 @@ static Packed<T> panels_at(const Index<T>& index, int64_t first, int64_t count, 
   const int64_t channels = index.packed.channels, at = first * kPanel, rest = index.packed.codes - at;
   const int64_t codes = rest < count * kPanel ? rest : count * kPanel;
   if (index.packed.panels) return {index.packed.panels + first * index.packed.stride(), codes, channels};
-  return pack(index.codebook + at * channels, codes, channels, *index.tables, scratch, 1);
+  const Packed<T> packed = {scratch, codes, channels};
+  for (int64_t p = 0; p * kPanel < codes; ++p)
+    pack_panel(index.codebook + (at + p * kPanel) * channels, codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel,
+               channels, *index.tables, scratch + p * packed.stride());
+  return packed;
 }
 
 template <class T>
@@ -149,19 +153,20 @@ static void merge(const Best<T>* from, int64_t rows, Best<T>* best) {
 template <class T>
 static void search_unpacked(const Index<T>& index, const T* staged, int64_t rows, Best<T>* best, int threads) {
   const int64_t channels = index.packed.channels, codes = index.packed.codes, pairs = (panels_of(codes) + 1) / 2;
-#pragma omp parallel num_threads(threads) if (codes * channels > 16384)
-  {
+  const auto share = [&](int64_t thread, int64_t from, int64_t to) {
+    T* scratch = reinterpret_cast<T*>(index.scratch + thread * index.scratch_bytes);
     Best<T> mine[kRowBlock];
     for (int64_t r = 0; r < rows; ++r) mine[r] = {static_cast<T>(__builtin_inf()), -1};
-    T* scratch = reinterpret_cast<T*>(index.scratch + omp_get_thread_num() * index.scratch_bytes);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < pairs; ++i) {
+    for (int64_t i = from; i < to; ++i) {
       const Packed<T> two = panels_at(index, 2 * i, 2, scratch);
       for (int64_t r = 0; r < rows; ++r)
         best_in_panels(staged + r * channels, two, 0, panels_of(two.codes), 2 * i * kPanel, mine + r);
     }
     merge(mine, rows, best);
-  }
+  };
+  if (threads == 1 || codes * channels <= 16384) return share(0, 0, pairs);  // a region of one costs a microsecond
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < threads; ++i) share(i, i * pairs / threads, (i + 1) * pairs / threads);
 }
 
 template <class T>
