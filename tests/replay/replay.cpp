@@ -119,12 +119,13 @@ struct Record {
     const auto run = [&](Call& call) {
       return std::apply([&](Args&... each) { return function(call, each...); }, arguments);
     };
-    Call call = {nullptr, 0, true, 0, 0};
+    Call call = {};
+    call.counting = true;
     if (const Error error = run(call)) return error;
     void* scratch = nullptr;
-    if (posix_memalign(&scratch, 64, call.bytes)) fail("no memory");
-    std::memset(scratch, -1, call.bytes);
-    call = {static_cast<char*>(scratch), 0, false, 0, 0};
+    if (posix_memalign(&scratch, 64, call.taken)) fail("no memory");
+    std::memset(scratch, -1, call.taken);
+    call = {static_cast<char*>(scratch), call.taken, 0, false, 0, 0};
     run(call);
     std::free(scratch);
     counts[0] = call.ids_outside;
