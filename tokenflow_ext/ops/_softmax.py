@@ -22,10 +22,8 @@ def left_out(*parts: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
 def best_codes(op: str, x: torch.Tensor, codebook: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
     """Ids [N, G] of the highest products of x [N, G, C] with the codebook [G, K, C]; -1 where `good` [N, G] is False."""
     warn_non_finite(op, (~good).sum().reshape(1))
-    ids, _ = torch.ops.tokenflow_ext.nearest_code(
-        x, codebook, [x.shape[-1]], [1.0], "dot", 1, 0, codebook.shape[1], False
-    )
-    return torch.where(good, ids[..., 0], -1)
+    (ids,) = torch.ops.tokenflow_ext.nearest_code(x, codebook, "dot")
+    return torch.where(good, ids, -1)
 
 
 def softmax_space(codebook: torch.Tensor, width: int, backward: bool) -> tuple[torch.Tensor, torch.Tensor]:
