@@ -131,8 +131,7 @@ static Error backward(Call& op, const View& indices, const View& code_rows, cons
         if (dropped(data<int64_t>(indices) + at, cells))
           memset(rows, 0, cells * channels * sizeof(T));
         else
-          step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, partial + j * numbers, rest,
-                          chunks > 1 ? 1 : threads);
+          step_transposed(loop, s, data<T>(code_rows) + at * channels, grad, rows, partial + j * numbers, rest);
       }
     }
   }

@@ -16,8 +16,7 @@ struct Backward {
   View features, grad_quantized, grad_features;
   double loss_scale;  // 2 grad_loss / S
   double commitment, codebook;
-  T* gaps;      // [B, L, C]: gradients of the gathered codes
-  int threads;  // inside an image
+  T* gaps;  // [B, L, C]: gradients of the gathered codes
 };
 
 // grad [H W, C] is cleared where a row with NaN reaches the map of image b. spare [3, H W].
@@ -104,7 +103,6 @@ static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* grad_
     step.begin(call.code_rows + at * channels, 0, loop.size.h);
     const T* before = s > 0 ? residuals + (s - 1) * piece(loop) : grad;
     T* after = residuals + s * piece(loop);
-#pragma omp parallel for num_threads(call.threads) schedule(static) if (call.threads > 1)
     for (int64_t y = 0; y < loop.size.h; ++y) {
       step.row(y, after + y * width);
       for (int64_t i = y * width; i < (y + 1) * width; ++i) after[i] = before[i] - after[i];
@@ -131,7 +129,7 @@ static void image_on_maps(const Backward<T>& call, int64_t b, T* spare, T* grad_
       }
     }
     T* rows = call.gaps + at * channels;
-    step_transposed(loop, s, call.code_rows + at * channels, grad_step, rows, grad_phi, spare, call.threads);
+    step_transposed(loop, s, call.code_rows + at * channels, grad_step, rows, grad_phi, spare);
     for (int64_t r = 0; r < cells; ++r) {
       const T* code = call.code_rows + (at + r) * channels;
       if (!(code[0] == code[0])) memset(rows + r * channels, 0, channels * sizeof(T));
@@ -173,7 +171,6 @@ static Error run(Call& op, const View& features, const View& indices, const View
   call.commitment = commitment_weight;
   call.codebook = codebook_weight;
   call.gaps = sum.gaps;
-  call.threads = chunks > 1 ? 1 : threads;
   call.loss_scale = grad_loss.data ? 2.0 * data<T>(grad_loss)[0] / static_cast<double>(loop.scales) : 0;
   prepare(loop, loop.scales);
   if (numbers) memset(partial, 0, chunks * numbers * sizeof(T));

@@ -67,11 +67,11 @@ struct Step {
   }
 };
 
-// grad_codes [h w, C] from grad_step [H W, C], and phi's share onto grad_phi, [P, 9, out, in] and [P, C], with so many
-// threads. Codes that are not numbers are left out. Three pieces of scratch.
+// grad_codes [h w, C] from grad_step [H W, C], and phi's share onto grad_phi, [P, 9, out, in] and [P, C]. Codes
+// that are not numbers are left out. Three pieces of scratch.
 template <class T>
 static void step_transposed(const Loop<T>& loop, int64_t s, const T* codes, const T* grad_step, T* grad_codes,
-                            T* grad_phi, T* spare, int threads) {
+                            T* grad_phi, T* spare) {
   T* grad_up = spare + 2 * piece(loop);
   T* across = spare + piece(loop);
   if (!loop.weight) {
@@ -83,7 +83,6 @@ static void step_transposed(const Loop<T>& loop, int64_t s, const T* codes, cons
   step.begin(codes, 0, loop.size.h);
   T* map = step.up;
   for (int64_t i = 0; i < loop.size.h * (loop.size.w + 2) * channels; ++i) map[i] = map[i] == map[i] ? map[i] : 0;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t tap = 0; tap < 9; ++tap)
     conv3x3_grad_tap(map, grad_step, loop.size, channels, tap, loop.ratio, grad_phi + p * 9 * channels * channels);
   T* grad_bias = grad_phi + loop.phi_rows * 9 * channels * channels + p * channels;
@@ -91,7 +90,6 @@ static void step_transposed(const Loop<T>& loop, int64_t s, const T* codes, cons
     for (int64_t d = 0; d < channels; ++d) grad_bias[d] += loop.ratio * grad_step[i + d];
   const Refinement<T> turned = {loop, loop.turned + p * loop.kernel(), nullptr};
   for (int64_t y = 0; y < loop.size.h; ++y) memcpy(turned.inner(map, y), grad_step + y * width, width * sizeof(T));
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t y = 0; y < loop.size.h; ++y) turned.row(map, y, grad_up + y * width);
   up_transposed(loop.bicubic(s), grad_up, channels, grad_codes, across);
 }
