@@ -86,6 +86,10 @@ static void backward(const int64_t* ids, const View& grad_rows, const View& grad
       ids, grad_rows, codes, false, space, [](int64_t&, int64_t) {},
       [&](int64_t g, int64_t first, int64_t count, const double* sums, const int64_t*) {
         store_sums<T>(grad_codebook, (g * codes + first) * channels, count * channels, sums);
+      },
+      [&](int64_t g, int64_t first, int64_t count) {
+        const int64_t bytes = channels * bytes_of(grad_codebook.type);
+        memset(static_cast<char*>(grad_codebook.data) + (g * codes + first) * bytes, 0, count * bytes);
       });
 }
 

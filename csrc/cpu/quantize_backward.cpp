@@ -75,6 +75,9 @@ static void codes_backward(const View& code_rows, const View& code_norms, const 
           const int64_t row = (last[k] - 1) * groups + g;
           gradient_through_unit(tables, q + row * channels, norms + row * tables.count, out + k * channels);
         }
+      },
+      [&](int64_t g, int64_t first, int64_t used) {
+        memset(static_cast<T*>(grad_codebook.data) + (g * codes + first) * channels, 0, used * channels * sizeof(T));
       });
 }
 

@@ -57,6 +57,12 @@ static inline T dot(const T* a, const T* b, int64_t n) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])) + rest;
 }
 
+// Asks for n numbers before they are needed.
+template <class T>
+static inline void fetch(const T* x, int64_t n) {
+  for (int64_t d = 0; d < n; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + d);
+}
+
 // y [n] = x [n] / by; y may be x.
 template <class T>
 static inline void divide(const T* x, int64_t n, T by, T* y) {

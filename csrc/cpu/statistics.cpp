@@ -17,6 +17,10 @@ static Left statistics(const int64_t* ids, const View& x, const View& counts, co
       [&](int64_t g, int64_t first, int64_t used, const double* added, const int64_t* rows) {
         for (int64_t k = 0; k < used; ++k) count[g * codes + first + k] = static_cast<T>(rows[k]);
         store_sums<T>(sums, (g * codes + first) * channels, used * channels, added);
+      },
+      [&](int64_t g, int64_t first, int64_t used) {
+        memset(count + g * codes + first, 0, used * sizeof(T));
+        memset(static_cast<T*>(sums.data) + (g * codes + first) * channels, 0, used * channels * sizeof(T));
       });
 }
 

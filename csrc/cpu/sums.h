@@ -102,17 +102,13 @@ struct Left {
 
 constexpr int64_t kAheadBytes = 2048;  // of rows on their way to the cache: no prefetcher knows the order of members
 
-template <class T>
-static inline void fetch(const T* row, int64_t channels) {
-  for (int64_t d = 0; d < channels; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
-}
-
 // For every bucket: finish(g, k, codes, sums [codes, C], notes [codes]) with its first code k. A note is an int64 that
-// starts at 0 and that note(slot, n) sees with each row n of its code. ids [N, G]; rows [N, G, C] any float, T is what
-// they are read as. finite_only leaves out rows with NaN or inf.
-template <class T, class Note, class Finish>
+// starts at 0 and that note(slot, n) sees with each row n of its code. Where few codes of a bucket have rows, blank(g,
+// k, codes) writes zeros and finish sees the others one by one, perhaps more than once. ids [N, G]; rows [N, G, C] any
+// float, T is what they are read as. finite_only leaves out rows with NaN or inf.
+template <class T, class Note, class Finish, class Blank>
 static Left sum_by_code(const int64_t* ids, const View& rows, int64_t codes, bool finite_only, const SumSpace& space,
-                        Note note, Finish finish) {
+                        Note note, Finish finish, Blank blank) {
   constexpr int64_t kSpan = 64;  // channels that are converted at a time
   const int64_t count = rows.shape[0], groups = rows.shape[1], channels = rows.shape[2];
   const int64_t shift = space.shift, size = int64_t{1} << shift, mask = size - 1;
@@ -131,13 +127,41 @@ static Left sum_by_code(const int64_t* ids, const View& rows, int64_t codes, boo
       const int64_t* last = space.starts + ((g + 1) * space.threads - 1) * space.buckets;
       const int64_t from = b ? last[b - 1] : 0, to = space.buckets > 1 ? last[b] : count;
       const int64_t* members = space.members + g * count;
+      const bool sparse = to - from < used / 4;
+      // visit(n, k): every row n of the bucket and the place k of its code, in row order.
+      int64_t missed = 0;
+      const auto each = [&](auto visit) __attribute__((always_inline)) {
+        if (space.buckets > 1) {
+          for (int64_t j = from; j < to; ++j) {
+            if (direct && j + ahead < to)
+              fetch(direct + ((members[j + ahead] >> shift) * groups + g) * channels, channels);
+            visit(members[j] >> shift, members[j] & mask);
+          }
+        } else {
+          missed = 0;
+          for (int64_t n = 0; n < count; ++n) {
+            const int64_t id = ids[n * groups + g];
+            if (inside(id, codes))
+              visit(n, id);
+            else
+              ++missed;
+          }
+        }
+      };
       // Rows are added unchecked; only a bucket that met a number that is not finite starts again and looks at each
       // row.
       for (bool careful = false;; careful = true) {
-        memset(sums, 0, used * channels * sizeof(double));
-        memset(notes, 0, used * sizeof(int64_t));
+        if (sparse) {
+          each([&](int64_t, int64_t k) {
+            memset(sums + k * channels, 0, channels * sizeof(double));
+            notes[k] = 0;
+          });
+        } else {
+          memset(sums, 0, used * channels * sizeof(double));
+          memset(notes, 0, used * sizeof(int64_t));
+        }
         Double8 poison = {};
-        const auto add = [&](int64_t n, int64_t k) {
+        const auto add = [&](int64_t n, int64_t k) __attribute__((always_inline)) {
           const int64_t at = (n * groups + g) * channels;
           T span[kSpan];
           if (careful) {
@@ -161,26 +185,18 @@ static Left sum_by_code(const int64_t* ids, const View& rows, int64_t codes, boo
           }
           note(notes[k], n);
         };
-        if (space.buckets > 1) {
-          for (int64_t j = from; j < to; ++j) {
-            if (direct && j + ahead < to)
-              fetch(direct + ((members[j + ahead] >> shift) * groups + g) * channels, channels);
-            add(members[j] >> shift, members[j] & mask);
-          }
-        } else {
-          for (int64_t n = 0; n < count; ++n) {
-            const int64_t id = ids[n * groups + g];
-            if (inside(id, codes))
-              add(n, id);
-            else
-              outside += !careful;
-          }
-        }
+        each(add);
         bool clean = true;
         for (int l = 0; l < 8; ++l) clean &= poison[l] == 0;
         if (clean || !finite_only || careful) break;
       }
-      finish(g, first, used, sums, notes);
+      outside += missed;
+      if (sparse) {
+        blank(g, first, used);
+        each([&](int64_t, int64_t k) { finish(g, first + k, 1, sums + k * channels, notes + k); });
+      } else {
+        finish(g, first, used, sums, notes);
+      }
     }
   }
   return {outside, bad};
