@@ -131,7 +131,8 @@ static void best_in_registers(const T* staged, const Packed<T>& packed, const in
       const uint32_t lanes = lanes_at_most(score[i], score_here);
       if (!lanes) continue;
       const int64_t at = registers[first + i < count ? first + i : count - 1];
-      const Best<T> here = {score_here, offset + at * kLanes + __builtin_ctz(lanes)};
+      const int lane = __builtin_ctz(lanes);
+      const Best<T> here = {score[i][lane], offset + at * kLanes + lane};  // its own sign, where zeros of both tie
       if (better(here, *best)) *best = here;
       break;
     }

@@ -65,7 +65,7 @@ def search(dtype: torch.dtype) -> None:
 
 def quantizing(dtype: torch.dtype) -> None:
     for metric in METRICS:
-        for n, groups, k, width in ((1, 1, 1, 1), (67, 2, 171, 9), (300, 1, 4097, 8)):
+        for n, groups, k, width in ((1, 1, 1, 1), (67, 2, 171, 9), (300, 1, 4097, 8), (900, 1, 600, 6)):
             x, codebook = rows(n, groups, width, seed=4, dtype=dtype), table(groups, k, width, seed=5)
             x.requires_grad_(), codebook.requires_grad_()
             gradients(ops.quantize(x, codebook, metric=metric), [x, codebook], seed=6)
