@@ -13,7 +13,7 @@
                      View scores /*[..., G, topk] real or none*/, int threads) noexcept;                            \
   Error quantize(View x /*[N, G, C] any float*/, View codebook /*[G, K, C] real*/, Tables tables,                   \
                  double loss_weight, View searched /*[N, G, C] real*/, View staged /*[N, C] real*/,                 \
-                 View workspace, View partial /*[G, ceil(N / 64)] float64*/,                                           \
+                 View workspace, View partial /*[G, ceil(N / 8)] float64*/,                                           \
                  View quantized /*[N, G, C] type of x*/, View indices /*[N, G]*/, View loss /*[] real*/,            \
                  View code_rows /*[N, G, C] real or none*/, View code_norms /*[N, G, T] real or none*/,             \
                  View status /*[1]*/, int threads) noexcept;                                                        \

@@ -87,41 +87,42 @@ static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int th
   const float scale = out->scale = largest / 127, inverse = 127 / largest;
   float *norms = spare, *gaps = spare + panels * kPanel;
   const Codes8 c = *out;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t p = 0; p < panels; ++p) {
-    const float* panel = packed.panels + p * packed.stride();
-    constexpr int kHalves = kPanel / kLanes8;
-    Floats norm[kHalves] = {}, gap[kHalves] = {};
-    int64_t to[kPanel];
-    const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
-    for (int64_t l = 0; l < used; ++l) {
-      to[l] = c.word(p * kPanel + l);
-      c.starts[c.start(p * kPanel + l)] = panel[channels * kPanel + l];
-    }
-    for (int64_t w = 0; w < c.words; ++w) {
-      uint32_t word[kPanel];
-      for (int h = 0; h < kHalves; ++h) {
-        Ints bytes = Ints{} + static_cast<int32_t>(0x80808080);
-        for (int64_t d = 4 * w; d < 4 * w + 4 && d < channels; ++d) {
-          const Floats x = load_register(panel + d * kPanel + h * kLanes8);
-          const Floats q = (Floats)_mm512_roundscale_ps((__m512)(x * inverse), 0);
-          const Floats rest = fused(broadcast(-scale), q, x);
-          gap[h] = fused(rest, rest, gap[h]);
-          norm[h] = fused(x, x, norm[h]);
-          // q + 128 in the byte: its own lowest bits with the highest turned.
-          bytes ^= (__builtin_convertvector(q, Ints) & 0xff) << (d % 4 * 8);
-        }
-        memcpy(word + h * kLanes8, &bytes, sizeof(bytes));
+  for_each((panels + 15) / 16, threads, [&](int64_t batch) {
+    for (int64_t p = 16 * batch; p < panels && p < 16 * batch + 16; ++p) {
+      const float* panel = packed.panels + p * packed.stride();
+      constexpr int kHalves = kPanel / kLanes8;
+      Floats norm[kHalves] = {}, gap[kHalves] = {};
+      int64_t to[kPanel];
+      const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
+      for (int64_t l = 0; l < used; ++l) {
+        to[l] = c.word(p * kPanel + l);
+        c.starts[c.start(p * kPanel + l)] = panel[channels * kPanel + l];
       }
-      for (int64_t l = 0; l < used; ++l) c.quantized[to[l] + w * 2 * kLanes8] = word[l];
+      for (int64_t w = 0; w < c.words; ++w) {
+        uint32_t word[kPanel];
+        for (int h = 0; h < kHalves; ++h) {
+          Ints bytes = Ints{} + static_cast<int32_t>(0x80808080);
+          for (int64_t d = 4 * w; d < 4 * w + 4 && d < channels; ++d) {
+            const Floats x = load_register(panel + d * kPanel + h * kLanes8);
+            const Floats q = (Floats)_mm512_roundscale_ps((__m512)(x * inverse), 0);
+            const Floats rest = fused(broadcast(-scale), q, x);
+            gap[h] = fused(rest, rest, gap[h]);
+            norm[h] = fused(x, x, norm[h]);
+            // q + 128 in the byte: its own lowest bits with the highest turned.
+            bytes ^= (__builtin_convertvector(q, Ints) & 0xff) << (d % 4 * 8);
+          }
+          memcpy(word + h * kLanes8, &bytes, sizeof(bytes));
+        }
+        for (int64_t l = 0; l < used; ++l) c.quantized[to[l] + w * 2 * kLanes8] = word[l];
+      }
+      // Upper bounds: the sums' own rounding and what underflowed are added.
+      const float up = 1 + static_cast<float>(channels + 16) * 0x1p-23f, lost = static_cast<float>(channels) * 1e-18f;
+      for (int64_t l = 0; l < kPanel; ++l) {
+        norms[p * kPanel + l] = root(norm[l / kLanes8][l % kLanes8]) * up + lost;
+        gaps[p * kPanel + l] = root(gap[l / kLanes8][l % kLanes8]) * up + lost;
+      }
     }
-    // Upper bounds: the sums' own rounding and what underflowed are added.
-    const float up = 1 + static_cast<float>(channels + 16) * 0x1p-23f, lost = static_cast<float>(channels) * 1e-18f;
-    for (int64_t l = 0; l < kPanel; ++l) {
-      norms[p * kPanel + l] = root(norm[l / kLanes8][l % kLanes8]) * up + lost;
-      gaps[p * kPanel + l] = root(gap[l / kLanes8][l % kLanes8]) * up + lost;
-    }
-  }
+  });
   // Lanes without a code repeat the last one: it is rescored under its own id.
   for (int64_t k = codes; k < c.segments() * c.length; ++k) {
     for (int64_t w = 0; w < c.words; ++w)

@@ -82,16 +82,11 @@ static void search_scale(const Forward<T>& call, const Index<T>& index, int64_t 
   const Loop<T>& loop = call.loop;
   const int64_t rows = loop.batch * loop.grid(s).cells();
   const int threads = rows * loop.codes * loop.channels < kWorthSearch ? 1 : call.threads;
-  const int64_t even = (rows / (2 * threads) + 7) / 8 * 8, fitting = even < 8 ? 8 : even < kRowBlock ? even : kRowBlock;
-  const bool share = threads == 1 || rows > (threads - 1) * fitting;
-  const int64_t block = share ? fitting : kRowBlock, blocks = (rows + block - 1) / block;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (share && threads > 1)
-  for (int64_t i = 0; i < blocks; ++i) {
+  for_row_blocks(rows, threads, true, [&](int64_t first, int64_t count, int inside) {
     Best<T> best[kRowBlock];
-    const int64_t first = i * block, count = rows - first < block ? rows - first : block;
-    search(index, call.staged + first * loop.channels, count, best, share ? 1 : threads);
+    search(index, call.staged + first * loop.channels, count, best, inside);
     for (int64_t r = 0; r < count; ++r) finish_row(call, s, offset, first + r, best[r].id);
-  }
+  });
 }
 
 // sum of |x|^2 over pixels [n, C], those with NaN left out.

@@ -37,7 +37,7 @@ template <class T>
 static void run(Call& call, const View& x, const View& codebook, const Tables& tables, int64_t topk, int64_t lo,
                 int64_t hi, const View& indices, const View& scores, int threads) {
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = codebook.shape[1];
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, to_pack = rows_to_pack(rows, topk);
+  const int64_t to_pack = rows_to_pack(rows, topk);
   T* stage_rows = take<T>(call, rows * channels);
   const View workspace = take_rest(call, bytes_of_search<T>(to_pack, hi - lo, channels, threads));
   if (call.counting) return;
@@ -46,18 +46,16 @@ static void run(Call& call, const View& x, const View& codebook, const Tables& t
   for (int64_t g = 0; g < groups; ++g) {
     const Index<T> index = make_index(static_cast<const T*>(codebook.data) + (g * codes + lo) * channels, hi - lo,
                                       channels, tables, to_pack, workspace, threads);
-    const bool share = shares_blocks(blocks, threads);
-    const auto search_block = [&](int64_t b) {
-      const int64_t first = b * kRowBlock, count = rows - first < kRowBlock ? rows - first : kRowBlock;
+    for_row_blocks(rows, threads, topk == 1, [&](int64_t first, int64_t count, int inside) {
       bool good[kRowBlock];
       Best<T> best[kRowBlock];
       T* block = stage_rows + first * channels;
       for (int64_t r = 0; r < count; ++r) {
         load(x, ((first + r) * groups + g) * channels, channels, block + r * channels);
         good[r] = stage<T>(tables, block + r * channels, block + r * channels);
-        if (!good[r]) __atomic_fetch_add(&call.rows_not_finite, 1, __ATOMIC_RELAXED);
+        if (!good[r]) tokenflow_ext::count(&call.rows_not_finite, 1);
       }
-      if (topk == 1) search(index, block, count, best, share ? 1 : threads);
+      if (topk == 1) search(index, block, count, best, inside);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t out = ((first + r) * groups + g) * topk;
         T kept[64];
@@ -73,13 +71,7 @@ static void run(Call& call, const View& x, const View& codebook, const Tables& t
           for (int64_t j = 0; j < topk; ++j) ids[out + j] += lo;
         }
       }
-    };
-    if (share && blocks > 1) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-      for (int64_t b = 0; b < blocks; ++b) search_block(b);
-    } else {  // a region of one costs a microsecond
-      for (int64_t b = 0; b < blocks; ++b) search_block(b);
-    }
+    });
   }
 }
 

@@ -3,6 +3,7 @@
 // any range of packed codes, which every scan ends with.
 // Bytes: 4 (C + 1) a code, written once a call, or never where a call has too few rows to read them twice.
 #pragma once
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 TOKENFLOW_BEGIN
@@ -55,11 +56,14 @@ template <class T>
 static Packed<T> pack(const T* codebook, int64_t codes, int64_t channels, const Tables& tables, T* out, int threads) {
   const Packed<T> packed = {out, codes, channels};
   const int64_t panels = panels_of(codes);
-#pragma omp parallel for num_threads(threads) schedule(static) if (codes * channels > 16384)
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
-    pack_panel(codebook + p * kPanel * channels, used, channels, tables, out + p * packed.stride());
-  }
+  // Some panels at a time: what a thread takes at once outweighs the taking.
+  const int64_t batch = 16, batches = (panels + batch - 1) / batch;
+  for_each(batches, codes * channels > 16384 ? threads : 1, [&](int64_t i) {
+    for (int64_t p = i * batch; p < panels && p < (i + 1) * batch; ++p) {
+      const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
+      pack_panel(codebook + p * kPanel * channels, used, channels, tables, out + p * packed.stride());
+    }
+  });
   return packed;
 }
 

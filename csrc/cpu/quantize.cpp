@@ -1,7 +1,7 @@
 // quantize: search, gather, straight-through value and loss in one pass over the rows.
 //   y = row as searched, q = its code;  loss = loss_weight * mean((q - y)^2) over all N G C numbers
-// Moved per row: C numbers in, C and an id out; kept for backward (quantize_backward.cpp): x, code rows, code norms, ids,
-// nothing of size N x K. Source: tokenflow.md 1.2.
+// Moved per row: C numbers in, C and an id out; kept for backward (quantize_backward.cpp): x, code rows, code norms,
+// ids, nothing of size N x K. Source: tokenflow.md 1.2.
 #include "common/ops.h"
 #include "cpu/search.h"
 
@@ -9,10 +9,11 @@ TOKENFLOW_BEGIN
 
 template <class T>
 static void forward(const View& x, const View& codebook, const Tables& tables, double loss_weight, const View& searched,
-                    const View& staged, const View& workspace, const View& partial, const View& quantized, const View& indices,
-                    const View& loss, const View& code_rows, const View& code_norms, const View& status, int threads) {
+                    const View& staged, const View& workspace, const View& partial, const View& quantized,
+                    const View& indices, const View& loss, const View& code_rows, const View& code_norms,
+                    const View& status, int threads) {
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = codebook.shape[1];
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const int64_t eighths = (rows + 7) / 8;  // partial sums, whatever the blocks
   T* searched_rows = static_cast<T*>(searched.data);
   T* stage_rows = static_cast<T*>(staged.data);
   T* rows_out = static_cast<T*>(code_rows.data);
@@ -23,10 +24,7 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
   for (int64_t g = 0; g < groups; ++g) {
     const T* codes_of_group = static_cast<const T*>(codebook.data) + g * codes * channels;
     const Index<T> index = make_index(codes_of_group, codes, channels, tables, rows, workspace, threads);
-    const bool share = shares_blocks(blocks, threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : bad) if (share && blocks > 1)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = b * kRowBlock, count = rows - first < kRowBlock ? rows - first : kRowBlock;
+    for_row_blocks(rows, threads, true, [&](int64_t first, int64_t count, int inside) {
       bool good[kRowBlock];
       Best<T> best[kRowBlock];
       T* block = stage_rows + first * channels;
@@ -34,12 +32,12 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
         T* y = searched_rows + ((first + r) * groups + g) * channels;
         load(x, ((first + r) * groups + g) * channels, channels, y);
         good[r] = stage<T>(tables, y, block + r * channels);
-        bad += !good[r];
       }
-      search(index, block, count, best, share ? 1 : threads);
-      double sum = 0;
+      search(index, block, count, best, inside);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (first + r) * groups + g;
+        double* sum = partials + g * eighths + (first + r) / 8;
+        if (r % 8 == 0) *sum = 0;
         const int64_t id = good[r] ? best[r].id : 0;
         ids[at] = id;
         // The staged row is spent: its place takes the code.
@@ -50,24 +48,26 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
           for (int64_t d = 0; d < channels; ++d) code[d] = static_cast<T>(__builtin_nan(""));
         store(quantized, at * channels, channels, code);
         if (rows_out) memcpy(rows_out + at * channels, code, channels * sizeof(T));
-        if (!good[r]) continue;
+        if (!good[r]) {
+          tokenflow_ext::count(&bad, 1);
+          continue;
+        }
         const T* y = searched_rows + at * channels;
         T square = 0;
         for (int64_t d = 0; d < channels; ++d) square += (code[d] - y[d]) * (code[d] - y[d]);
-        sum += square;
+        *sum += square;
       }
-      partials[g * blocks + b] = sum;
-    }
+    });
   }
   double sum = 0;
-  for (int64_t i = 0; i < groups * blocks; ++i) sum += partials[i];
+  for (int64_t i = 0; i < groups * eighths; ++i) sum += partials[i];
   const double numbers = static_cast<double>(rows * groups * channels);
   static_cast<T*>(loss.data)[0] = static_cast<T>(numbers > 0 ? loss_weight * sum / numbers : 0);
   static_cast<int64_t*>(status.data)[0] = bad;
 }
 
-Error quantize(View x, View codebook, Tables tables, double loss_weight, View searched, View staged, View workspace, View partial,
-               View quantized, View indices, View loss, View code_rows, View code_norms, View status,
+Error quantize(View x, View codebook, Tables tables, double loss_weight, View searched, View staged, View workspace,
+               View partial, View quantized, View indices, View loss, View code_rows, View code_norms, View status,
                int threads) noexcept {
   if (!dense(x, 3) || !dense(codebook, 3) || !floating(x))
     return "quantize: wanted contiguous floats x [N, G, C] and codebook [G, K, C]";
@@ -75,19 +75,19 @@ Error quantize(View x, View codebook, Tables tables, double loss_weight, View se
     return "quantize: codebook: wanted the groups and the width of x";
   if (codebook.shape[1] < 1) return "quantize: codebook: wanted at least one code";
   const int64_t rows = x.shape[0], numbers = rows * x.shape[1] * x.shape[2];
-  if (!holds(quantized, x.type, numbers) || !holds(indices, kInt64, rows * x.shape[1]) || !holds(loss, codebook.type, 1) ||
-      !holds(status, kInt64, 1) || !holds(searched, codebook.type, numbers) ||
-      !holds(staged, codebook.type, rows * x.shape[2]) || !holds(partial, kFloat64, x.shape[1] * ((rows + 63) / 64)) ||
+  if (!holds(quantized, x.type, numbers) || !holds(indices, kInt64, rows * x.shape[1]) ||
+      !holds(loss, codebook.type, 1) || !holds(status, kInt64, 1) || !holds(searched, codebook.type, numbers) ||
+      !holds(staged, codebook.type, rows * x.shape[2]) || !holds(partial, kFloat64, x.shape[1] * ((rows + 7) / 8)) ||
       !holds_search(codebook.type, workspace, rows, codebook.shape[1], x.shape[2], threads) ||
       (code_rows.type != kNone && !holds(code_rows, codebook.type, numbers)) ||
       (code_norms.type != kNone && !holds(code_norms, codebook.type, rows * x.shape[1] * tables.count)))
     return "quantize: wanted outputs and workspace that fit the rows";
   if (codebook.type == kFloat64)
-    forward<double>(x, codebook, tables, loss_weight, searched, staged, workspace, partial, quantized, indices, loss, code_rows,
-                    code_norms, status, threads);
+    forward<double>(x, codebook, tables, loss_weight, searched, staged, workspace, partial, quantized, indices, loss,
+                    code_rows, code_norms, status, threads);
   else if (codebook.type == kFloat32)
-    forward<float>(x, codebook, tables, loss_weight, searched, staged, workspace, partial, quantized, indices, loss, code_rows,
-                   code_norms, status, threads);
+    forward<float>(x, codebook, tables, loss_weight, searched, staged, workspace, partial, quantized, indices, loss,
+                   code_rows, code_norms, status, threads);
   else
     return "quantize: codebook: wanted float32 or float64";
   return nullptr;

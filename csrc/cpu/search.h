@@ -6,8 +6,6 @@
 // All give the lowest canonical (score, id), the same bits. Who owns what: `workspace` is one tensor of bytes from
 // Python, search_bytes() long.
 #pragma once
-#include <omp.h>
-
 #include "cpu/certified.h"
 
 TOKENFLOW_BEGIN
@@ -149,42 +147,36 @@ static void merge(const Best<T>* from, int64_t rows, Best<T>* best) {
     if (from[r].id >= 0 && (best[r].id < 0 || better(from[r], best[r]))) best[r] = from[r];
 }
 
-// Two panels packed, scored for all rows, forgotten.
+// Two panels packed, scored for all rows, forgotten; a thread has a range of them.
 template <class T>
 static void search_unpacked(const Index<T>& index, const T* staged, int64_t rows, Best<T>* best, int threads) {
   const int64_t channels = index.packed.channels, codes = index.packed.codes, pairs = (panels_of(codes) + 1) / 2;
-  const auto share = [&](int64_t thread, int64_t from, int64_t to) {
-    T* scratch = reinterpret_cast<T*>(index.scratch + thread * index.scratch_bytes);
+  const int parts = codes * channels > 16384 ? threads : 1;
+  for_each(parts, parts, [&](int64_t part) {
     Best<T> mine[kRowBlock];
     for (int64_t r = 0; r < rows; ++r) mine[r] = {static_cast<T>(__builtin_inf()), -1};
-    for (int64_t i = from; i < to; ++i) {
+    T* scratch = reinterpret_cast<T*>(index.scratch + part * index.scratch_bytes);
+    for (int64_t i = part * pairs / parts; i < (part + 1) * pairs / parts; ++i) {
       const Packed<T> two = panels_at(index, 2 * i, 2, scratch);
       for (int64_t r = 0; r < rows; ++r)
         best_in_panels(staged + r * channels, two, 0, panels_of(two.codes), 2 * i * kPanel, mine + r);
     }
     merge(mine, rows, best);
-  };
-  if (threads == 1 || codes * channels <= 16384) return share(0, 0, pairs);  // a region of one costs a microsecond
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < threads; ++i) share(i, i * pairs / threads, (i + 1) * pairs / threads);
+  });
 }
 
 template <class T>
 static void search_packed(const Index<T>& index, const T* staged, int64_t rows, Best<T>* best, int threads) {
   const Packed<T>& packed = index.packed;
   const int64_t panels = panels_of(packed.codes), segment = segment_panels(panels);
-  if (threads == 1) {
-    scan(staged, rows, packed, 0, panels, best);
-    return;
-  }
   const int64_t segments = (panels + segment - 1) / segment;
-#pragma omp parallel for num_threads(threads) schedule(static) if (packed.codes * packed.channels * rows > 65536)
-  for (int64_t i = 0; i < threads; ++i) {
-    const int64_t from = i * segments / threads * segment, to = (i + 1) * segments / threads * segment;
+  const int parts = packed.codes * packed.channels * rows > 65536 ? threads : 1;
+  for_each(parts, parts, [&](int64_t part) {
+    const int64_t from = part * segments / parts * segment, to = (part + 1) * segments / parts * segment;
     Best<T> mine[kRowBlock];
     scan(staged, rows, packed, from, to < panels ? to : panels, mine);
     merge(mine, rows, best);
-  }
+  });
 }
 
 #if defined(__AVX512F__)
@@ -224,31 +216,31 @@ static void search_certified(const Index<float>& index, const float* staged, int
   int64_t chunk = kBlockBytes / (codes.length * codes.words * kLanes8 * 4);
   chunk = chunk < 1 ? 1 : chunk;
   const int64_t chunks = (codes.blocks + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-  for (int64_t c = 0; c < chunks; ++c) {
+  for_each(chunks, threads, [&](int64_t c) {
     const int64_t from = c * chunk, to = from + chunk < codes.blocks ? from + chunk : codes.blocks;
     for (int64_t r = 0; r < rows; r += kTile8) {
       const auto scan = index.bound.starts ? scan8<kTile8, true> : scan8<kTile8, false>;
       scan(q + r * codes.words, codes, from, to, static_cast<float>(1 / row[r].unit), table + r * segments);
     }
-  }
+  });
   const int64_t limit = segments / 4 + 8;
-  int64_t rescored = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(+ : rescored) if (threads > 1)
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* z = staged + r * channels;
-    done[r] = false;
-    if (row[r].norm == 0 && !index.bound.starts) {  // every code scores zero
-      best[r] = {__builtin_inff(), -1};
-      best_in_panels(z, index.packed, 0, 1, 0, best + r);
-      done[r] = true;
-    } else if (usable[r]) {
-      const int64_t n = resolve8(z, row[r], table + r * segments, codes, index.packed, index.bound, limit, best + r);
-      rescored += n;
-      done[r] = n > 0;
+  for_each(rows / 8 + 1, threads, [&](int64_t eighth) {
+    int64_t scored = 0;
+    for (int64_t r = 8 * eighth; r < rows && r < 8 * eighth + 8; ++r) {
+      const float* z = staged + r * channels;
+      done[r] = false;
+      if (row[r].norm == 0 && !index.bound.starts) {  // every code scores zero
+        best[r] = {__builtin_inff(), -1};
+        best_in_panels(z, index.packed, 0, 1, 0, best + r);
+        done[r] = true;
+      } else if (usable[r]) {
+        const int64_t n = resolve8(z, row[r], table + r * segments, codes, index.packed, index.bound, limit, best + r);
+        scored += n;
+        done[r] = n > 0;
+      }
     }
-  }
-  count(&search_state.rescored, rescored);
+    count(&search_state.rescored, scored);
+  });
 }
 
 #endif
@@ -296,7 +288,16 @@ static void search(const Index<T>& index, const T* staged, int64_t rows, Best<T>
     if (best[r].id < 0) best[r] = first_number(index, staged + r * index.packed.channels);
 }
 
-// A block of rows has all threads to itself where there are too few blocks to keep them busy.
-static inline bool shares_blocks(int64_t blocks, int threads) { return threads == 1 || blocks >= 4 * threads; }
+// block(first, count, threads) for blocks of at most 64 rows. Every thread gets some, in whole tiles; where not even
+// that is to be had, and blocks can share the codes, one after the other has all threads.
+template <class F>
+static void for_row_blocks(int64_t rows, int threads, bool can_share, F block) {
+  int64_t size = (rows / (2 * threads) + 7) / 8 * 8;
+  size = size < 8 ? 8 : size < kRowBlock ? size : kRowBlock;
+  const bool shared = can_share && threads > 1 && rows <= (threads - 1) * size;
+  if (shared || threads == 1) size = kRowBlock;
+  for_each((rows + size - 1) / size, shared ? 1 : threads,
+           [&](int64_t i) { block(i * size, rows - i * size < size ? rows - i * size : size, shared ? threads : 1); });
+}
 
 TOKENFLOW_END

@@ -36,7 +36,7 @@ def _quantize(
     code_norms = codebook.new_empty((rows, groups, len(widths))) if for_backward and metric == "cosine" else None
     searched, staged = codebook.new_empty(x.shape), codebook.new_empty((rows, channels))
     workspace = search_space(rows, codebook.shape[1], channels, codebook.dtype)
-    partial = torch.empty((groups, -(-rows // 64)), dtype=torch.float64)
+    partial = torch.empty((groups, -(-rows // 8)), dtype=torch.float64)
     _C.quantize(
         view(x), view(codebook), tables_of(widths, weights, metric), commitment_weight + codebook_weight,
         view(searched), view(staged), view(workspace), view(partial), view(quantized), view(indices), view(loss),
