@@ -82,7 +82,7 @@ static void search_scale(const Forward<T>& call, const Index<T>& index, int64_t 
   const Loop<T>& loop = call.loop;
   const int64_t rows = loop.batch * loop.grid(s).cells();
   const int threads = rows * loop.codes * loop.channels < kWorthSearch ? 1 : call.threads;
-  for_row_blocks(rows, threads, true, [&](int64_t first, int64_t count, int inside) {
+  for_row_blocks(index, rows, threads, true, [&](int64_t first, int64_t count, int inside) {
     Best<T> best[kRowBlock];
     search(index, call.staged + first * loop.channels, count, best, inside);
     for (int64_t r = 0; r < count; ++r) finish_row(call, s, offset, first + r, best[r].id);

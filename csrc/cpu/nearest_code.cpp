@@ -46,7 +46,7 @@ static void run(Call& call, const View& x, const View& codebook, const Tables& t
   for (int64_t g = 0; g < groups; ++g) {
     const Index<T> index = make_index(static_cast<const T*>(codebook.data) + (g * codes + lo) * channels, hi - lo,
                                       channels, tables, to_pack, workspace, threads);
-    for_row_blocks(rows, threads, topk == 1, [&](int64_t first, int64_t count, int inside) {
+    for_row_blocks(index, rows, threads, topk == 1, [&](int64_t first, int64_t count, int inside) {
       bool good[kRowBlock];
       Best<T> best[kRowBlock];
       T* block = stage_rows + first * channels;

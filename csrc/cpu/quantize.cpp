@@ -24,7 +24,7 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
   for (int64_t g = 0; g < groups; ++g) {
     const T* codes_of_group = static_cast<const T*>(codebook.data) + g * codes * channels;
     const Index<T> index = make_index(codes_of_group, codes, channels, tables, rows, workspace, threads);
-    for_row_blocks(rows, threads, true, [&](int64_t first, int64_t count, int inside) {
+    for_row_blocks(index, rows, threads, true, [&](int64_t first, int64_t count, int inside) {
       bool good[kRowBlock];
       Best<T> best[kRowBlock];
       T* block = stage_rows + first * channels;

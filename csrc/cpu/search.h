@@ -288,13 +288,13 @@ static void search(const Index<T>& index, const T* staged, int64_t rows, Best<T>
     if (best[r].id < 0) best[r] = first_number(index, staged + r * index.packed.channels);
 }
 
-// block(first, count, threads) for blocks of at most 64 rows. Every thread gets some, in whole tiles; where not even
-// that is to be had, and blocks can share the codes, one after the other has all threads.
-template <class F>
-static void for_row_blocks(int64_t rows, int threads, bool can_share, F block) {
+// block(first, count, threads) for blocks of at most 64 rows. Every thread gets some, in whole tiles; where not even that
+// is to be had, or the codes are still to be packed, the rows have all threads together, if they `can_share` them.
+template <class T, class F>
+static void for_row_blocks(const Index<T>& index, int64_t rows, int threads, bool can_share, F block) {
   int64_t size = (rows / (2 * threads) + 7) / 8 * 8;
   size = size < 8 ? 8 : size < kRowBlock ? size : kRowBlock;
-  const bool shared = can_share && threads > 1 && rows <= (threads - 1) * size;
+  const bool shared = can_share && threads > 1 && (!index.packed.panels || rows <= (threads - 1) * size);
   if (shared || threads == 1) size = kRowBlock;
   for_each((rows + size - 1) / size, shared ? 1 : threads,
            [&](int64_t i) { block(i * size, rows - i * size < size ? rows - i * size : size, shared ? threads : 1); });
