@@ -35,8 +35,8 @@ def problem(name: str) -> Problem:
 
     size = f"{name}: N {rows}, " + (f"G {groups}, " if groups else "")
     size += f"K {codes}, D {' + '.join(map(str, widths))}, temperature {temperature}"
-    # Logits forward and backward, and the gradients of rows and codes.
-    flop = 8 * rows * (groups or 1) * codes * sum(widths)
+    # Logits, forward and backward; all else is needed only where p counts.
+    flop = 4 * rows * (groups or 1) * codes * sum(widths)
     calls = {"native": lambda: step(ops), "twin": lambda: step(reference)}
     return Problem("entropy_loss, forward + backward", size, calls, check, flop=flop)
 

@@ -55,7 +55,8 @@ def problem(name: str) -> Problem:
         "twin": lambda: step(reference.soft_quantize),
         "one-hot expression": lambda: step(one_hot_expression),
     }
-    flop = 12 * rows * codes * width  # logits and g.v twice, the gradients of rows and keys once
+    # Backward's logits for all pairs; where all count also those of the second pass, g.v twice, and two gradients.
+    flop = (2 if near else 12) * rows * codes * width
     size = f"{name}: N {rows}, K {codes}, D {width}"
     return Problem("soft_quantize, forward + backward", size, calls, check, flop=flop)
 

@@ -46,8 +46,8 @@ template <class T, int W>
 static inline void product(const T* a, int64_t row, int64_t step, const T* b, int64_t b_step, int64_t steps,
                            const T* start, T* const* out) {
   using V = typename Register<T>::V;
-  constexpr int kLanes = Register<T>::kLanes, kWide = W / kLanes, kRegisters = kRegisterBytes == 64 ? 16 : 8;
-  constexpr int kRows = kRegisters / kWide > kTile ? kTile : kRegisters / kWide > 0 ? kRegisters / kWide : 1;
+  constexpr int kLanes = Register<T>::kLanes, kWide = W / kLanes, kSums = kRegisterBytes == 64 ? 16 : 8;
+  constexpr int kRows = kSums / kWide > kTile ? kTile : kSums / kWide > 0 ? kSums / kWide : 1;
   for (int64_t first = 0; first < kTile; first += kRows) {
     V sum[kRows][kWide];
     for (int r = 0; r < kRows; ++r)
