@@ -20,7 +20,7 @@ from worker import Missing, Worker
 
 __all__ = ["Problem", "assert_close", "assert_same_ids", "compare", "normal"]
 
-SECONDS = 1.2  # of turns for each provider
+SECONDS = 0.8  # of turns for each provider
 TURN = 0.02  # seconds at least, by repeating short calls
 ROUNDS = (3, 11)
 SLOW = 2.5  # seconds of a call that gets two rounds only
