@@ -4,3 +4,10 @@
 
 #define TOKENFLOW_BEGIN namespace tokenflow_ext { namespace TOKENFLOW_ISA {
 #define TOKENFLOW_END }}
+
+// In front of what both a processor and a GPU run.
+#if defined(__CUDACC__)
+#define TOKENFLOW_DEVICE __host__ __device__
+#else
+#define TOKENFLOW_DEVICE
+#endif
