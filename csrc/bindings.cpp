@@ -8,7 +8,7 @@
 #include "common/ops.h"
 #include "cpu/isa.h"
 #include "cpu/search_state.h"
-#include "tensors.h"
+#include "door.h"
 
 namespace py = pybind11;
 
@@ -27,73 +27,7 @@ TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 #else
 #define TOKENFLOW_PICK(name) (baseline::name)
 #endif
-#define TOKENFLOW_OP(name) def_op(m, #name, TOKENFLOW_PICK(name))
-}  // namespace tokenflow_ext
-
-namespace pybind11::detail {
-
-// A torch tensor, or None.
-template <>
-struct type_caster<tokenflow_ext::View> {
-  PYBIND11_TYPE_CASTER(tokenflow_ext::View, const_name("torch.Tensor | None"));
-  bool load(handle src, bool) {
-    value = {nullptr, tokenflow_ext::kNone, 0, -1, true, {}};
-    return src.is_none() || tokenflow_ext::read(src.ptr(), &value);
-  }
-};
-
-// (widths, weights, l2, unit, unit_codes)
-template <>
-struct type_caster<tokenflow_ext::Tables> {
-  PYBIND11_TYPE_CASTER(tokenflow_ext::Tables, const_name("Tables"));
-  bool load(handle src, bool) {
-    if (!PyTuple_Check(src.ptr()) || PyTuple_GET_SIZE(src.ptr()) != 5) return false;
-    auto t = reinterpret_borrow<tuple>(src);
-    auto widths = reinterpret_borrow<sequence>(t[0]), weights = reinterpret_borrow<sequence>(t[1]);
-    value = {static_cast<int>(widths.size()), t[2].cast<bool>(), t[3].cast<bool>(), t[4].cast<bool>(), {}, {}};
-    if (value.count < 1 || value.count > tokenflow_ext::kMaxTables || weights.size() != widths.size()) return false;
-    for (int i = 0; i < value.count; ++i) {
-      value.width[i] = widths[i].cast<int64_t>();
-      value.weight[i] = weights[i].cast<double>();
-    }
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
-
-namespace tokenflow_ext {
-
-template <class... Args>
-static void def_op(py::module_& m, const char* name, Error (*op)(Args...) noexcept) {
-  m.def(name, [op](Args... args) {
-    Error error;
-    {
-      py::gil_scoped_release release;
-      error = op(args...);
-    }
-    if (error) throw py::value_error(error);
-  });
-}
-
-// An op with scratch runs twice: first it counts what it takes, then it has it. Returns (ids outside, rows not finite).
-template <class... Args>
-static void def_op(py::module_& m, const char* name, Error (*op)(Call&, Args...) noexcept) {
-  m.def(name, [op](Args... args) {
-    Call call = {};
-    call.counting = true;
-    const Error error = op(call, args...);
-    if (error) throw py::value_error(error);
-    const Scratch scratch(call.taken);
-    call = {scratch.data(), call.taken, 0, false, 0, 0};
-    {
-      py::gil_scoped_release release;
-      op(call, args...);
-    }
-    return std::make_pair(call.ids_outside, call.rows_not_finite);
-  });
-}
-
+#define TOKENFLOW_OP(name) def_op(m, #name, TOKENFLOW_PICK(name), on_cpu)
 }  // namespace tokenflow_ext
 
 PYBIND11_MODULE(_C, m) {
@@ -127,7 +61,6 @@ PYBIND11_MODULE(_C, m) {
     if (!error.empty()) throw py::value_error(error);
     connect(tensor, api, to_dlpack, empty);
   });
-  m.def("search_bytes", TOKENFLOW_PICK(search_bytes));
   m.def("search_precision", [](int precision) {
     std::swap(precision, search_state.precision);
     return precision;

@@ -15,7 +15,7 @@ namespace dl {
 
 struct Tensor {
   void* data;
-  int32_t device_type, device;  // type 1: CPU
+  int32_t device_type, device;  // type 1: CPU, 2: CUDA
   int32_t rank;
   uint8_t code, bits;  // code 0: int, 1: unsigned, 2: float, 4: bfloat
   uint16_t lanes;
@@ -48,7 +48,7 @@ struct ExchangeApi {
 struct Torch {
   PyTypeObject* tensor = nullptr;        // torch.Tensor
   const dl::ExchangeApi* api = nullptr;  // none before torch 2.10
-  pybind11::object to_dlpack, empty;     // used then: tensor -> capsule, bytes -> tensor
+  pybind11::object to_dlpack, empty;     // used then: tensor -> capsule; (bytes, device) -> tensor
 };
 
 inline Torch& torch() {
@@ -101,19 +101,22 @@ inline bool read(PyObject* object, View* view) {
   return read(*static_cast<const dl::Tensor*>(tensor), view);
 }
 
-// Scratch memory of one call, from torch's allocator, so that its accounting, reuse and poison cover it.
+// Scratch memory of one call on a CUDA device, or the CPU where that is -1, from torch's allocator, so that its
+// accounting, reuse and poison cover it. On CUDA it is the current stream's, and goes back while that still works.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) {
+  Scratch(int64_t bytes, int device) {
     if (bytes == 0) return;
     if (torch().api == nullptr) {
-      tensor_ = torch().empty(bytes);
+      tensor_ = torch().empty(bytes, device);
       View view;
       if (!read(tensor_.ptr(), &view)) throw std::bad_alloc();
       data_ = view.data;
       return;
     }
-    const dl::Tensor like = {nullptr, 1, 0, 1, 0, 64, 1, &(bytes = (bytes + 7) / 8), nullptr, 0};
+    bytes = (bytes + 7) / 8;
+    dl::Tensor like = {nullptr, 1, 0, 1, 0, 64, 1, &bytes, nullptr, 0};
+    if (device >= 0) like.device_type = 2, like.device = device;
     if (torch().api->allocate(&like, &managed_, nullptr, [](void*, const char*, const char*) {}) != 0)
       throw std::bad_alloc();
     data_ = managed_->tensor.data;

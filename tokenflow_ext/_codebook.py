@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
+from tokenflow_ext.ops._native import tell_counts
 from tokenflow_ext.ops.quantize import HITS, NOTHING, SUMS
 
 UPDATES = ("gradient", "ema", "none")
@@ -237,7 +238,8 @@ class Codebook(nn.Module):
             self.ema_sums.copy_(torch.where(take[..., None], fresh, self.ema_sums))
 
     def usage(self) -> float:
-        """Share of codes hit since `reset_usage()`, in training."""
+        """Share of codes hit since `reset_usage()`, in training. On CUDA it also warns of rows that were not finite."""
+        tell_counts(self.hits.device)
         return float((self.hits > 0).double().mean())
 
     def perplexity(self) -> float:

@@ -59,7 +59,7 @@ static inline View with_groups(View codebook) {
 
 static inline bool floating(const View& v) { return v.type >= kFloat32 && v.type <= kBFloat16; }
 
-// At least `numbers` of this type, as workspace must be.
+// At least `numbers` of this type.
 static inline bool holds(const View& v, Type type, int64_t numbers) {
   int64_t size = 1;
   for (int i = 0; i < v.rank; ++i) size *= v.shape[i];
@@ -74,15 +74,21 @@ static inline bool covers(const Tables& tables, int64_t channels) {
 // nullptr, or a sentence that Python raises as ValueError.
 using Error = const char*;
 
-// Scratch and counts of one call. The door calls an op twice: first `counting`, when it checks its arguments, takes its
-// scratch and returns; then with that many bytes of memory, when it takes the same again and runs.
+// Where one call runs, its scratch, and what it counts. The door calls an op twice: first `counting`, when it checks
+// its arguments, takes its scratch and returns; then with that many bytes of memory, when it takes the same again and
+// runs.
 struct Call {
-  char* scratch;  // none while counting
+  char* scratch;  // none while counting; on a cache line, on CUDA a multiple of 256
   int64_t size;   // bytes of scratch
   int64_t taken;  // of them
   bool counting;
-  int64_t ids_outside;      // of the table: Python raises
+  int64_t ids_outside;      // of the table, counted on the CPU: Python raises
   int64_t rows_not_finite;  // Python warns
+  int threads;              // of the CPU
+  int device;               // ordinal on CUDA, -1: CPU memory
+  void* stream;             // cudaStream_t
+  int64_t* counts;          // CUDA: device memory [2], ids outside and rows not finite, which kernels add to; or none
+  const char* failure;      // CUDA: the first error of a launch, which Python raises as RuntimeError
 };
 
 // The next `count` numbers of scratch, aligned to cache lines; no pointer to use while counting.

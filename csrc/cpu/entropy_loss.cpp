@@ -27,14 +27,12 @@ static inline T log_of(T value) {
 }
 
 template <class T>
-static Error forward(const View& x, const View& codebook, const View& ids, double eps, const View& space_view,
-                     const View& mask, const View& losses, const View& log_totals, const View& entropies,
-                     const View& means, int threads) {
+static void forward(Call& call, const View& x, const View& codebook, const View& ids, double eps, const View& losses,
+                    const View& log_totals, const View& entropies, const View& means) {
   using V = typename Register<T>::V;
   const int64_t rows = x.shape[0], groups = x.shape[1], codes = codebook.shape[1], channels = x.shape[2];
-  Space<T> space = {static_cast<T*>(space_view.data), static_cast<T*>(space_view.data) + space_view.shape[0]};
-  Softmax<T> s = softmax_of<T>(rows, codes, channels, 0, false, false, threads, mask, &space);
-  if (space.at > space.end) return "entropy_loss: space: wanted more workspace";
+  Softmax<T> s = take_softmax<T>(call, rows, codes, channels, 0, false, false);
+  if (call.counting) return;
   double first = 0, second = 0;
   for (int64_t g = 0; g < groups; ++g) {
     pack_codes(s, static_cast<const T*>(codebook.data) + g * codes * channels);
@@ -80,20 +78,18 @@ static Error forward(const View& x, const View& codebook, const View& ids, doubl
   }
   static_cast<T*>(losses.data)[0] = rows > 0 ? static_cast<T>(first / static_cast<double>(rows * groups)) : 0;
   static_cast<T*>(losses.data)[1] = static_cast<T>(second / static_cast<double>(groups));
-  return nullptr;
 }
 
 template <class T>
-static Error backward(const View& x, const View& codebook, const View& ids, double eps, const View& space_view,
-                      const View& mask, const View& log_totals, const View& entropies, const View& means,
-                      const View& grad_losses, const View& grad_x, const View& grad_codebook, int threads) {
+static void backward(Call& call, const View& x, const View& codebook, const View& ids, double eps,
+                     const View& log_totals, const View& entropies, const View& means, const View& grad_losses,
+                     const View& grad_x, const View& grad_codebook) {
   using V = typename Register<T>::V;
   const int64_t rows = x.shape[0], groups = x.shape[1], codes = codebook.shape[1], channels = x.shape[2];
-  Space<T> space = {static_cast<T*>(space_view.data), static_cast<T*>(space_view.data) + space_view.shape[0]};
   const bool to_rows = grad_x.type != kNone, to_codes = grad_codebook.type != kNone;
-  Softmax<T> s = softmax_of<T>(rows, codes, channels, 0, to_rows, to_codes, threads, mask, &space);
-  T* term = space.take(s.panels * kCodes);  // t_k
-  if (space.at > space.end) return "entropy_loss: space: wanted more workspace";
+  Softmax<T> s = take_softmax<T>(call, rows, codes, channels, 0, to_rows, to_codes);
+  T* term = take<T>(call, s.panels * kCodes);  // t_k
+  if (call.counting) return;
   const T scale = static_cast<T>(-1.0 / static_cast<double>(rows > 0 ? rows * groups : 1));
   const T first = scale * static_cast<const T*>(grad_losses.data)[0];
   const T second = scale * static_cast<const T*>(grad_losses.data)[1];
@@ -137,18 +133,15 @@ static Error backward(const View& x, const View& codebook, const View& ids, doub
     }
     if (to_codes) store_codes(s, static_cast<T*>(grad_codebook.data) + g * codes * channels);
   }
-  return nullptr;
 }
 
-static Error check(const View& x, const View& codebook, const View& ids, const View& space, const View& mask) {
+static Error check(const View& x, const View& codebook, const View& ids) {
   if (!dense(x, 3) || !dense(codebook, 3) || (x.type != kFloat32 && x.type != kFloat64) || codebook.type != x.type)
     return "entropy_loss: wanted contiguous x [N, G, C] and codebook [G, K, C], both float32 or both float64";
   if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0] || codebook.shape[1] < 1)
     return "entropy_loss: codebook: wanted the groups and the width of x, and at least one code";
   if (!dense(ids, 2) || ids.type != kInt64 || ids.shape[0] != x.shape[0] || ids.shape[1] != x.shape[1])
     return "entropy_loss: ids: wanted int64 [N, G]";
-  if (!dense(space, 1) || space.type != x.type || !holds(mask, kInt64, (codebook.shape[1] + 31) / 32 * 4))
-    return "entropy_loss: wanted workspace that fits the codes";
   return nullptr;
 }
 
@@ -159,30 +152,27 @@ static bool saved(const View& x, const View& codebook, const View& log_totals, c
          holds(means, x.type, codebook.shape[0] * codebook.shape[1]);
 }
 
-Error entropy_loss(View x, View codebook, View ids, double eps, View space, View mask, View losses, View log_totals,
-                   View entropies, View means, int threads) noexcept {
-  if (const Error error = check(x, codebook, ids, space, mask)) return error;
+Error entropy_loss(Call& call, View x, View codebook, View ids, double eps, View losses, View log_totals,
+                   View entropies, View means) noexcept {
+  if (const Error error = check(x, codebook, ids)) return error;
   if (!saved(x, codebook, log_totals, entropies, means) || !holds(losses, x.type, 2))
     return "entropy_loss: wanted outputs that fit the rows and codes";
-  if (x.type == kFloat64)
-    return forward<double>(x, codebook, ids, eps, space, mask, losses, log_totals, entropies, means, threads);
-  return forward<float>(x, codebook, ids, eps, space, mask, losses, log_totals, entropies, means, threads);
+  const auto of_type = x.type == kFloat64 ? forward<double> : forward<float>;
+  of_type(call, x, codebook, ids, eps, losses, log_totals, entropies, means);
+  return nullptr;
 }
 
-Error entropy_loss_backward(View x, View codebook, View ids, double eps, View space, View mask, View log_totals,
-                            View entropies, View means, View grad_losses, View grad_x, View grad_codebook,
-                            int threads) noexcept {
-  if (const Error error = check(x, codebook, ids, space, mask)) return error;
+Error entropy_loss_backward(Call& call, View x, View codebook, View ids, double eps, View log_totals, View entropies,
+                            View means, View grad_losses, View grad_x, View grad_codebook) noexcept {
+  if (const Error error = check(x, codebook, ids)) return error;
   const int64_t codes = codebook.shape[0] * codebook.shape[1] * codebook.shape[2];
   if (!saved(x, codebook, log_totals, entropies, means) || !holds(grad_losses, x.type, 2) ||
       (grad_x.type != kNone && !(dense(grad_x, 3) && holds(grad_x, x.type, x.shape[0] * x.shape[1] * x.shape[2]))) ||
       (grad_codebook.type != kNone && !holds(grad_codebook, x.type, codes)))
     return "entropy_loss_backward: wanted gradients of the shapes and type of x and codebook";
-  if (x.type == kFloat64)
-    return backward<double>(x, codebook, ids, eps, space, mask, log_totals, entropies, means, grad_losses, grad_x,
-                            grad_codebook, threads);
-  return backward<float>(x, codebook, ids, eps, space, mask, log_totals, entropies, means, grad_losses, grad_x,
-                         grad_codebook, threads);
+  const auto of_type = x.type == kFloat64 ? backward<double> : backward<float>;
+  of_type(call, x, codebook, ids, eps, log_totals, entropies, means, grad_losses, grad_x, grad_codebook);
+  return nullptr;
 }
 
 TOKENFLOW_END

@@ -56,26 +56,27 @@ static int64_t gather(const int64_t* ids, const char* from, char* to, int64_t ro
   return outside;
 }
 
-Error lookup(View indices, View codebook, View rows, View status, int threads) noexcept {
+Error lookup(Call& call, View indices, View codebook, View rows) noexcept {
   if (!dense(indices, 2) || !dense(codebook, 3) || indices.type != kInt64 || !floating(codebook))
     return "lookup: wanted contiguous int64 indices [N, G] and floats codebook [G, K, C]";
   if (indices.shape[1] != codebook.shape[0]) return "lookup: indices: wanted the groups of the codebook";
-  if (!holds(rows, codebook.type, indices.shape[0] * indices.shape[1] * codebook.shape[2]) || !holds(status, kInt64, 1))
+  if (!holds(rows, codebook.type, indices.shape[0] * indices.shape[1] * codebook.shape[2]))
     return "lookup: rows: wanted [N, G, C] of the codebook's type";
+  if (call.counting) return nullptr;
   const int64_t count = indices.shape[0], groups = codebook.shape[0], codes = codebook.shape[1];
   const int64_t bytes = codebook.shape[2] * bytes_of(codebook.type), written = count * groups * bytes;
   const int64_t* ids = static_cast<const int64_t*>(indices.data);
   const char* from = static_cast<const char*>(codebook.data);
   char* to = static_cast<char*>(rows.data);
-  if (written < kAloneBytes) threads = 1;
+  const int threads = written < kAloneBytes ? 1 : call.threads;
   const bool aligned = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
   const auto run = written >= kStreamBytes && aligned ? bytes == 32 ? gather<32, true> : gather<0, true>
-                   : bytes == 16 ? gather<16, false>
+                   : bytes == 16                      ? gather<16, false>
                    : bytes == 32                      ? gather<32, false>
                    : bytes == 64                      ? gather<64, false>
                    : bytes == 128                     ? gather<128, false>
                                                       : gather<0, false>;
-  static_cast<int64_t*>(status.data)[0] = run(ids, from, to, count, groups, codes, bytes, threads);
+  call.ids_outside = run(ids, from, to, count, groups, codes, bytes, threads);
   return nullptr;
 }
 
@@ -93,17 +94,18 @@ static void backward(const int64_t* ids, const View& grad_rows, const View& grad
       });
 }
 
-Error lookup_backward(View indices, View grad_rows, View members, View starts, View sums, View grad_codebook) noexcept {
+Error lookup_backward(Call& call, View indices, View grad_rows, View grad_codebook) noexcept {
   if (!dense(indices, 2) || !dense(grad_rows, 3) || !dense(grad_codebook, 3) || indices.type != kInt64 ||
       !floating(grad_rows))
     return "lookup_backward: wanted contiguous int64 indices [N, G], floats grad_rows [N, G, C], grad_codebook [G, K, "
            "C]";
   const int64_t rows = indices.shape[0], groups = grad_codebook.shape[0];
-  SumSpace space;
   if (indices.shape[1] != groups || grad_rows.shape[0] != rows || grad_rows.shape[1] != groups ||
       grad_rows.shape[2] != grad_codebook.shape[2] || grad_codebook.type != grad_rows.type ||
-      !sum_space(members, starts, sums, rows, groups, grad_codebook.shape[1], grad_rows.shape[2], &space))
-    return "lookup_backward: wanted gradients and workspace that fit the rows";
+      grad_codebook.shape[1] < 1)
+    return "lookup_backward: wanted gradients that fit the rows";
+  const SumSpace space = take_sums(call, rows, groups, grad_codebook.shape[1], grad_rows.shape[2]);
+  if (call.counting) return nullptr;
   const int64_t* ids = static_cast<const int64_t*>(indices.data);
   if (grad_rows.type == kFloat64)
     backward<double>(ids, grad_rows, grad_codebook, space);

@@ -128,8 +128,8 @@ static int64_t piece(const Loop<T>& loop) {
 
 // Scratch of so many pieces for each thread, and the caller's own.
 template <class T>
-static T* take_pieces(Call& call, const Loop<T>& loop, int64_t pieces, int threads) {
-  return take<T>(call, threads * pieces * piece(loop));
+static T* take_pieces(Call& call, const Loop<T>& loop, int64_t pieces) {
+  return take<T>(call, call.threads * pieces * piece(loop));
 }
 
 template <class T>

@@ -24,7 +24,7 @@ static Axes<T> growth(const Loop<T>& loop, int64_t s) {
 
 template <class T>
 static Error forward(Call& op, const View& indices, const View& codebook, const Tables& tables, const View& grids,
-                     int64_t refine, const View& inputs, const View& code_rows, const View& code_norms, int threads) {
+                     int64_t refine, const View& inputs, const View& code_rows, const View& code_norms) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
   if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
@@ -34,11 +34,11 @@ static Error forward(Call& op, const View& indices, const View& codebook, const 
   if (!holds_codes(loop, code_rows, code_norms) || inputs.shape[1] != input_rows(loop, grids.shape[0]) ||
       !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))
     return "multiscale_chain: wanted outputs that fit the grids";
-  T* spare = take_pieces(op, loop, 3, threads);
+  T* spare = take_pieces(op, loop, 3);
   if (op.counting) return nullptr;
   for (int64_t s = 1; s < grids.shape[0]; ++s) fill_bands(kBicubic, growth(loop, s));
-  op.ids_outside = gather_prefix(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), threads);
-  for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
+  op.ids_outside = gather_prefix(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), op.threads);
+  for_parts(loop.batch, 1, loop.scales * loop.step_products(), op.threads, [&](Part part) {
     T* state = own(loop, spare, 3);
     T *grown = state + piece(loop), *across = grown + piece(loop);
     int64_t at = part.image * loop.length;
@@ -64,17 +64,17 @@ static Error forward(Call& op, const View& indices, const View& codebook, const 
 }
 
 Error multiscale_chain(Call& call, View indices, View codebook, Tables tables, View grids, int64_t refine, View inputs,
-                       View code_rows, View code_norms, int threads) noexcept {
+                       View code_rows, View code_norms) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(codebook, 2) || !dense(inputs, 3) || !dense(grids, 2))
     return "multiscale_chain: wanted contiguous int64 indices [B, L], codebook [K, C], inputs [B, R, C], grids [S, 3]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
-  return of_type(call, indices, codebook, tables, grids, refine, inputs, code_rows, code_norms, threads);
+  return of_type(call, indices, codebook, tables, grids, refine, inputs, code_rows, code_norms);
 }
 
 template <class T>
 static Error backward(Call& op, const View& indices, const View& code_rows, const View& code_norms,
                       const View& grad_inputs, const Tables& tables, const View& grids, int64_t refine,
-                      const View& grad_codebook, int threads) {
+                      const View& grad_codebook) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
   if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
@@ -85,10 +85,10 @@ static Error backward(Call& op, const View& indices, const View& code_rows, cons
       !holds(grad_inputs, type_of<T>(), loop.batch * grad_inputs.shape[1] * channels))
     return "multiscale_chain_backward: wanted gradients that fit the grids";
   const CodeSum<T> sum = take_code_sum(op, loop);
-  T* spare = take_pieces(op, loop, 3, threads);
+  T* spare = take_pieces(op, loop, 3);
   if (op.counting) return nullptr;
   for (int64_t s = 1; s < grids.shape[0]; ++s) fill_bands(kBicubic, growth(loop, s));
-  for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
+  for_parts(loop.batch, 1, loop.scales * loop.step_products(), op.threads, [&](Part part) {
     T* state = own(loop, spare, 3);
     T *grown = state + piece(loop), *across = grown + piece(loop);
     int64_t at = (part.image + 1) * loop.length;
@@ -110,17 +110,17 @@ static Error backward(Call& op, const View& indices, const View& code_rows, cons
       up_transposed(growth(loop, s), grown, channels, state, across);
     }
   });
-  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook), threads);
+  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook), op.threads);
   return nullptr;
 }
 
 Error multiscale_chain_backward(Call& call, View indices, View code_rows, View code_norms, View grad_inputs,
-                                Tables tables, View grids, int64_t refine, View grad_codebook, int threads) noexcept {
+                                Tables tables, View grids, int64_t refine, View grad_codebook) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(code_rows, 3) || !dense(grad_inputs, 3) ||
       !dense(grad_codebook, 2) || !dense(grids, 2))
     return "multiscale_chain_backward: wanted contiguous indices, code_rows, grad_inputs, grad_codebook and grids";
   const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
-  return of_type(call, indices, code_rows, code_norms, grad_inputs, tables, grids, refine, grad_codebook, threads);
+  return of_type(call, indices, code_rows, code_norms, grad_inputs, tables, grids, refine, grad_codebook);
 }
 
 TOKENFLOW_END

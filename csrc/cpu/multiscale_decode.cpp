@@ -44,7 +44,7 @@ struct Decoder {
 template <class T>
 static Error forward(Call& op, const View& indices, const View& codebook, const Tables& tables, const View& grids,
                      Grid size, const View& weight, const View& bias, double ratio, const View& map, const View& inputs,
-                     const View& code_rows, const View& code_norms, int threads) {
+                     const View& code_rows, const View& code_norms) {
   Decoder<T> call = {};
   Loop<T>& loop = call.loop;
   if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], codebook, codebook.shape[1], tables, grids,
@@ -57,7 +57,7 @@ static Error forward(Call& op, const View& indices, const View& codebook, const 
                                 !holds(inputs, type_of<T>(), loop.batch * inputs.shape[1] * channels))))
     return "multiscale_decode: wanted outputs that fit the maps";
   T* maps = take<T>(op, loop.batch * loop.map());
-  T* spare = take_pieces(op, loop, 3, threads);
+  T* spare = take_pieces(op, loop, 3);
   if (op.counting) return nullptr;
   call.indices = data<int64_t>(indices);
   call.code_rows = data<T>(code_rows);
@@ -65,33 +65,33 @@ static Error forward(Call& op, const View& indices, const View& codebook, const 
   call.inputs = data<T>(inputs);
   call.input_rows = inputs.data ? inputs.shape[1] : 0;
   prepare(loop, scales);
-  op.ids_outside = gather_prefix(loop, call.indices, data<T>(code_rows), data<T>(code_norms), threads);
+  op.ids_outside = gather_prefix(loop, call.indices, data<T>(code_rows), data<T>(code_norms), op.threads);
   const bool whole = inputs.data != nullptr;
-  for_parts(loop.batch, whole ? 1 : loop.size.h, loop.scales * loop.step_products(), threads, [&](Part part) {
+  for_parts(loop.batch, whole ? 1 : loop.size.h, loop.scales * loop.step_products(), op.threads, [&](Part part) {
     if (whole) part.last = loop.size.h;
     call.rows(part, maps + part.image * loop.map(), own(loop, spare, 3));
   });
   if (map.data)
-    for_parts(loop.batch, 1, loop.map(), threads,
+    for_parts(loop.batch, 1, loop.map(), op.threads,
               [&](Part part) { store_map(map, part.image, channels, size.cells(), maps + part.image * loop.map()); });
   return nullptr;
 }
 
 Error multiscale_decode(Call& call, View indices, View codebook, Tables tables, View grids, int64_t height,
                         int64_t width, View weight, View bias, double ratio, View map, View inputs, View code_rows,
-                        View code_norms, int threads) noexcept {
+                        View code_norms) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(codebook, 2) || height < 1 || width < 1)
     return "multiscale_decode: wanted contiguous int64 indices [B, L] and codebook [K, C]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
   return of_type(call, indices, codebook, tables, grids, {height, width}, weight, bias, ratio, map, inputs, code_rows,
-                 code_norms, threads);
+                 code_norms);
 }
 
 template <class T>
 static Error backward(Call& op, const View& indices, const View& code_rows, const View& code_norms,
                       const View& grad_map, const View& grad_inputs, const Tables& tables, const View& grids, Grid size,
                       const View& weight, const View& bias, double ratio, const View& grad_codebook,
-                      const View& grad_weight, const View& grad_bias, int threads) {
+                      const View& grad_weight, const View& grad_bias) {
   Loop<T> loop;
   if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], grad_codebook, code_rows.shape[2], tables,
                                     grids, size, weight, bias, ratio, true, &loop))
@@ -104,12 +104,12 @@ static Error backward(Call& op, const View& indices, const View& code_rows, cons
         !holds(grad_inputs, type_of<T>(), loop.batch * grad_inputs.shape[1] * channels))))
     return "multiscale_decode_backward: wanted gradients that fit the maps";
   const CodeSum<T> sum = take_code_sum(op, loop);
-  T* spare = take_pieces(op, loop, 4, threads);
+  T* spare = take_pieces(op, loop, 4);
   T* partial = take<T>(op, chunks * numbers);
   if (op.counting) return nullptr;
   prepare(loop, grids.shape[0]);
   if (numbers) memset(partial, 0, chunks * numbers * sizeof(T));
-#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
+#pragma omp parallel for num_threads(op.threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, j);
     T *rest = own(loop, spare, 4), *grad = rest + 3 * piece(loop);
@@ -136,19 +136,19 @@ static Error backward(Call& op, const View& indices, const View& code_rows, cons
     }
   }
   if (grad_weight.data) sum_chunks(loop, partial, grad_weight, grad_bias);
-  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook), threads);
+  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook), op.threads);
   return nullptr;
 }
 
 Error multiscale_decode_backward(Call& call, View indices, View code_rows, View code_norms, View grad_map,
                                  View grad_inputs, Tables tables, View grids, int64_t height, int64_t width,
                                  View weight, View bias, double ratio, View grad_codebook, View grad_weight,
-                                 View grad_bias, int threads) noexcept {
+                                 View grad_bias) noexcept {
   if (!dense(indices, 2) || indices.type != kInt64 || !dense(code_rows, 3) || !dense(grad_codebook, 2))
     return "multiscale_decode_backward: wanted contiguous indices [B, L], code_rows [B, L, C], grad_codebook [K, C]";
   const auto of_type = code_rows.type == kFloat64 ? backward<double> : backward<float>;
   return of_type(call, indices, code_rows, code_norms, grad_map, grad_inputs, tables, grids, {height, width}, weight,
-                 bias, ratio, grad_codebook, grad_weight, grad_bias, threads);
+                 bias, ratio, grad_codebook, grad_weight, grad_bias);
 }
 
 TOKENFLOW_END

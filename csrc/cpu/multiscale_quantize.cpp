@@ -165,7 +165,7 @@ template <class T>
 static Error run(Call& op, const View& features, const View& codebook, const Tables& tables, const View& grids,
                  const View& weight, const View& bias, double ratio, bool accumulated, double loss_weight,
                  const View& quantized, const View& indices, const View& loss, const View& rows, const View& code_rows,
-                 const View& code_norms, int threads) {
+                 const View& code_norms) {
   Forward<T> call = {};
   const Grid size = {features.shape[2], features.shape[3]};
   if (const Error error = make_loop(op, features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids,
@@ -180,14 +180,14 @@ static Error run(Call& op, const View& features, const View& codebook, const Tab
   int64_t largest = 0;
   for (int64_t s = 0; s < loop.scales; ++s) largest = loop.grid(s).cells() > largest ? loop.grid(s).cells() : largest;
   call.accumulated = accumulated;
-  call.threads = threads;
+  call.threads = op.threads;
   call.residual = take<T>(op, images);
   call.sum = take<T>(op, images);
   call.searched = take<T>(op, loop.batch * largest * loop.channels);
   call.staged = take<T>(op, loop.batch * largest * loop.channels);
-  call.spare = take_pieces(op, loop, 3, threads);
+  call.spare = take_pieces(op, loop, 3);
   call.partial = take<double>(op, loop.batch * (largest > size.h ? largest : size.h));
-  const int64_t bytes = bytes_of_search<T>(rows_to_search(loop), loop.codes, loop.channels, threads);
+  const int64_t bytes = bytes_of_search<T>(rows_to_search(loop), loop.codes, loop.channels, op.threads);
   const View workspace = {take<char>(op, bytes), kUInt8, 1, -1, true, {bytes}};
   if (op.counting) return nullptr;
   call.rows = data<T>(rows);
@@ -200,14 +200,14 @@ static Error run(Call& op, const View& features, const View& codebook, const Tab
 
 Error multiscale_quantize(Call& call, View features, View codebook, Tables tables, View grids, View weight, View bias,
                           double ratio, bool accumulated, double loss_weight, View quantized, View indices, View loss,
-                          View rows, View code_rows, View code_norms, int threads) noexcept {
+                          View rows, View code_rows, View code_norms) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
       indices.shape[0] != features.shape[0])
     return "multiscale_quantize: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   if (!dense(codebook, 2)) return "multiscale_quantize: codebook: wanted contiguous [K, C]";
   const auto of_type = codebook.type == kFloat64 ? run<double> : run<float>;
   return of_type(call, features, codebook, tables, grids, weight, bias, ratio, accumulated, loss_weight, quantized,
-                 indices, loss, rows, code_rows, code_norms, threads);
+                 indices, loss, rows, code_rows, code_norms);
 }
 
 TOKENFLOW_END

@@ -143,7 +143,7 @@ static Error run(Call& op, const View& features, const View& indices, const View
                  const View& code_norms, const View& grad_quantized, const View& grad_loss, const Tables& tables,
                  const View& grids, const View& weight, const View& bias, double ratio, bool accumulated,
                  double commitment_weight, double codebook_weight, const View& grad_features, const View& grad_codebook,
-                 const View& grad_weight, const View& grad_bias, int threads) {
+                 const View& grad_weight, const View& grad_bias) {
   Backward<T> call = {};
   const Grid size = {features.shape[2], features.shape[3]};
   if (const Error error = make_loop(op, indices.shape[0], indices.shape[1], grad_codebook, features.shape[1], tables,
@@ -160,7 +160,7 @@ static Error run(Call& op, const View& features, const View& indices, const View
       (grad_features.type != kNone && !holds(grad_features, features.type, images)))
     return "multiscale_quantize_backward: wanted gradients that fit the maps";
   const CodeSum<T> sum = take_code_sum(op, loop);
-  T* spare = take_pieces(op, loop, pieces, threads);
+  T* spare = take_pieces(op, loop, pieces);
   T* partial = take<T>(op, chunks * numbers);
   if (op.counting) return nullptr;
   call.rows = data<T>(rows);
@@ -174,7 +174,7 @@ static Error run(Call& op, const View& features, const View& indices, const View
   call.loss_scale = grad_loss.data ? 2.0 * data<T>(grad_loss)[0] / static_cast<double>(loop.scales) : 0;
   prepare(loop, loop.scales);
   if (numbers) memset(partial, 0, chunks * numbers * sizeof(T));
-#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
+#pragma omp parallel for num_threads(op.threads) schedule(static) if (chunks > 1)
   for (int64_t j = 0; j < chunks; ++j) {
     const Chunk chunk = chunk_of(loop.batch, j);
     for (int64_t b = chunk.first; b < chunk.last; ++b) {
@@ -186,7 +186,7 @@ static Error run(Call& op, const View& features, const View& indices, const View
   }
   if (grad_weight.data) sum_chunks(loop, partial, grad_weight, grad_bias);
   if (grad_codebook.data)
-    sum.run(loop, data<int64_t>(indices), call.code_rows, data<T>(code_norms), data<T>(grad_codebook), threads);
+    sum.run(loop, data<int64_t>(indices), call.code_rows, data<T>(code_norms), data<T>(grad_codebook), op.threads);
   return nullptr;
 }
 
@@ -194,14 +194,14 @@ Error multiscale_quantize_backward(Call& call, View features, View indices, View
                                    View grad_quantized, View grad_loss, Tables tables, View grids, View weight,
                                    View bias, double ratio, bool accumulated, double commitment_weight,
                                    double codebook_weight, View grad_features, View grad_codebook, View grad_weight,
-                                   View grad_bias, int threads) noexcept {
+                                   View grad_bias) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
       indices.shape[0] != features.shape[0])
     return "multiscale_quantize_backward: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   const auto of_type = rows.type == kFloat64 ? run<double> : run<float>;
   return of_type(call, features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss, tables, grids, weight,
                  bias, ratio, accumulated, commitment_weight, codebook_weight, grad_features, grad_codebook,
-                 grad_weight, grad_bias, threads);
+                 grad_weight, grad_bias);
 }
 
 TOKENFLOW_END

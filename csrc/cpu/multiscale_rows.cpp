@@ -9,7 +9,7 @@ TOKENFLOW_BEGIN
 template <class T>
 static Error forward(Call& op, const View& features, const View& indices, const View& codebook, const Tables& tables,
                      const View& grids, const View& weight, const View& bias, double ratio, const View& rows_view,
-                     const View& kept_view, int threads) {
+                     const View& kept_view) {
   Loop<T> loop;
   const Grid size = {features.shape[2], features.shape[3]};
   if (const Error error = make_loop(op, features.shape[0], indices.shape[1], codebook, features.shape[1], tables, grids,
@@ -18,11 +18,11 @@ static Error forward(Call& op, const View& features, const View& indices, const 
   const int64_t channels = loop.channels, width = loop.width(), numbers = loop.batch * loop.length;
   if (!holds(rows_view, type_of<T>(), numbers * channels) || !holds(kept_view, type_of<T>(), numbers))
     return "multiscale_rows: wanted outputs that fit the maps";
-  T* spare = take_pieces(op, loop, 5, threads);
+  T* spare = take_pieces(op, loop, 5);
   if (op.counting) return nullptr;
   prepare(loop, loop.scales);
   int64_t outside = 0;
-  for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
+  for_parts(loop.batch, 1, loop.scales * loop.step_products(), op.threads, [&](Part part) {
     T* rest = own(loop, spare, 5);
     T *row = rest + 2 * piece(loop), *residual = row + piece(loop), *codes = residual + piece(loop);
     load_map(features, part.image, channels, size.cells(), residual);
@@ -62,18 +62,18 @@ static Error forward(Call& op, const View& features, const View& indices, const 
 }
 
 Error multiscale_rows(Call& call, View features, View indices, View codebook, Tables tables, View grids, View weight,
-                      View bias, double ratio, View rows, View kept, int threads) noexcept {
+                      View bias, double ratio, View rows, View kept) noexcept {
   if (!dense(features, 4) || !floating(features) || !dense(indices, 2) || indices.type != kInt64 ||
       indices.shape[0] != features.shape[0])
     return "multiscale_rows: wanted contiguous features [B, C, H, W] and int64 indices [B, L]";
   if (!dense(codebook, 2)) return "multiscale_rows: codebook: wanted contiguous [K, C]";
   const auto of_type = codebook.type == kFloat64 ? forward<double> : forward<float>;
-  return of_type(call, features, indices, codebook, tables, grids, weight, bias, ratio, rows, kept, threads);
+  return of_type(call, features, indices, codebook, tables, grids, weight, bias, ratio, rows, kept);
 }
 
 template <class T>
 static Error backward(Call& op, const View& kept_view, const View& grad_rows, const View& grids,
-                      const View& grad_features, int threads) {
+                      const View& grad_features) {
   Loop<T> loop;
   const View none = {nullptr, kNone};
   const int64_t channels = grad_features.shape[1];
@@ -85,10 +85,10 @@ static Error backward(Call& op, const View& kept_view, const View& grad_rows, co
   if (kept_view.shape[0] != loop.batch || !holds(kept_view, type_of<T>(), numbers) ||
       !holds(grad_rows, type_of<T>(), numbers * channels))
     return "multiscale_rows_backward: wanted gradients that fit the maps";
-  T* spare = take_pieces(op, loop, 3, threads);
+  T* spare = take_pieces(op, loop, 3);
   if (op.counting) return nullptr;
   prepare(loop, loop.scales);
-  for_parts(loop.batch, 1, loop.scales * loop.step_products(), threads, [&](Part part) {
+  for_parts(loop.batch, 1, loop.scales * loop.step_products(), op.threads, [&](Part part) {
     T* rows = own(loop, spare, 3);
     T *row = rows + piece(loop), *total = row + piece(loop);
     memset(total, 0, loop.map() * sizeof(T));
@@ -105,12 +105,11 @@ static Error backward(Call& op, const View& kept_view, const View& grad_rows, co
   return nullptr;
 }
 
-Error multiscale_rows_backward(Call& call, View kept, View grad_rows, View grids, View grad_features,
-                               int threads) noexcept {
+Error multiscale_rows_backward(Call& call, View kept, View grad_rows, View grids, View grad_features) noexcept {
   if (!dense(kept, 2) || !dense(grad_rows, 3) || !dense(grad_features, 4) || !floating(grad_features))
     return "multiscale_rows_backward: wanted contiguous kept [B, L], grad_rows [B, L, C], grad_features [B, C, H, W]";
   const auto of_type = grad_rows.type == kFloat64 ? backward<double> : backward<float>;
-  return of_type(call, kept, grad_rows, grids, grad_features, threads);
+  return of_type(call, kept, grad_rows, grids, grad_features);
 }
 
 TOKENFLOW_END

@@ -28,25 +28,20 @@ static void search_topk(const T* staged, const Packed<T>& packed, int64_t topk, 
 // More than one best code needs all panels, however few the rows.
 static int64_t rows_to_pack(int64_t rows, int64_t topk) { return topk > 1 && rows <= kRowBlock ? kRowBlock + 1 : rows; }
 
-int64_t search_bytes(int64_t rows, int64_t topk, int64_t codes, int64_t channels, bool wide, int threads) noexcept {
-  const auto bytes = wide ? bytes_of_search<double> : bytes_of_search<float>;
-  return bytes(rows_to_pack(rows, topk), codes, channels, threads);
-}
-
 template <class T>
 static void run(Call& call, const View& x, const View& codebook, const Tables& tables, int64_t topk, int64_t lo,
-                int64_t hi, const View& indices, const View& scores, int threads) {
+                int64_t hi, const View& indices, const View& scores) {
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = codebook.shape[1];
   const int64_t to_pack = rows_to_pack(rows, topk);
   T* stage_rows = take<T>(call, rows * channels);
-  const View workspace = take_rest(call, bytes_of_search<T>(to_pack, hi - lo, channels, threads));
+  const View workspace = take_rest(call, bytes_of_search<T>(to_pack, hi - lo, channels, call.threads));
   if (call.counting) return;
   T* score_out = static_cast<T*>(scores.data);
   int64_t* ids = static_cast<int64_t*>(indices.data);
   for (int64_t g = 0; g < groups; ++g) {
     const Index<T> index = make_index(static_cast<const T*>(codebook.data) + (g * codes + lo) * channels, hi - lo,
-                                      channels, tables, to_pack, workspace, threads);
-    for_row_blocks(index, rows, threads, topk == 1, [&](int64_t first, int64_t count, int inside) {
+                                      channels, tables, to_pack, workspace, call.threads);
+    for_row_blocks(index, rows, call.threads, topk == 1, [&](int64_t first, int64_t count, int inside) {
       bool good[kRowBlock];
       Best<T> best[kRowBlock];
       T* block = stage_rows + first * channels;
@@ -76,7 +71,7 @@ static void run(Call& call, const View& x, const View& codebook, const Tables& t
 }
 
 Error nearest_code(Call& call, View x, View codebook, Tables tables, int64_t topk, int64_t lo, int64_t hi, View indices,
-                   View scores, int threads) noexcept {
+                   View scores) noexcept {
   x = by_group(x, codebook.rank == 3, 1);
   codebook = with_groups(codebook);
   if (!dense(x, 3) || !dense(codebook, 3) || !floating(x))
@@ -89,9 +84,9 @@ Error nearest_code(Call& call, View x, View codebook, Tables tables, int64_t top
     return "nearest_code: wanted outputs that fit the rows";
   if (scores.type == kNone && topk > 64) return "nearest_code: topk: wanted a scores tensor above 64";
   if (codebook.type == kFloat64)
-    run<double>(call, x, codebook, tables, topk, lo, hi, indices, scores, threads);
+    run<double>(call, x, codebook, tables, topk, lo, hi, indices, scores);
   else if (codebook.type == kFloat32)
-    run<float>(call, x, codebook, tables, topk, lo, hi, indices, scores, threads);
+    run<float>(call, x, codebook, tables, topk, lo, hi, indices, scores);
   else
     return "nearest_code: codebook: wanted float32 or float64";
   return nullptr;

@@ -104,30 +104,30 @@ static void backward(const View& x, const View& grad_y, const View& grad_x, int 
 }
 
 // A second thread pays from kAloneBytes on.
-static int threads_for(const View& x, int threads) {
-  return x.shape[0] * x.shape[1] * static_cast<int64_t>(sizeof(float)) < kAloneBytes ? 1 : threads;
+static int threads_for(const Call& call, const View& x) {
+  return x.shape[0] * x.shape[1] * static_cast<int64_t>(sizeof(float)) < kAloneBytes ? 1 : call.threads;
 }
 
-Error normalize_rows(View x, View y, int threads) noexcept {
+Error normalize_rows(Call& call, View x, View y) noexcept {
   if (!dense(x, 2) || !floating(x)) return "normalize_rows: x: wanted contiguous floats [N, C]";
   if (!holds(y, x.type, x.shape[0] * x.shape[1])) return "normalize_rows: y: wanted the shape and type of x";
-  threads = threads_for(x, threads);
+  if (call.counting) return nullptr;
   if (x.type == kFloat64)
-    forward<double>(x, y, threads);
+    forward<double>(x, y, threads_for(call, x));
   else
-    forward<float>(x, y, threads);
+    forward<float>(x, y, threads_for(call, x));
   return nullptr;
 }
 
-Error normalize_rows_backward(View x, View grad_y, View grad_x, int threads) noexcept {
+Error normalize_rows_backward(Call& call, View x, View grad_y, View grad_x) noexcept {
   if (!dense(x, 2) || !floating(x)) return "normalize_rows_backward: x: wanted contiguous floats [N, C]";
   if (!holds(grad_y, x.type, x.shape[0] * x.shape[1]) || !holds(grad_x, x.type, x.shape[0] * x.shape[1]))
     return "normalize_rows_backward: wanted gradients of the shape and type of x";
-  threads = threads_for(x, threads);
+  if (call.counting) return nullptr;
   if (x.type == kFloat64)
-    backward<double>(x, grad_y, grad_x, threads);
+    backward<double>(x, grad_y, grad_x, threads_for(call, x));
   else
-    backward<float>(x, grad_y, grad_x, threads);
+    backward<float>(x, grad_y, grad_x, threads_for(call, x));
   return nullptr;
 }
 

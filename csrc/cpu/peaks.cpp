@@ -82,13 +82,14 @@ static double calls_per_second(T (*loop)(T), double seconds, int threads) {
   return rate;
 }
 
-Error peaks(View rates, double seconds, int threads) noexcept {
+Error peaks(Call& call, View rates, double seconds) noexcept {
   if (!holds(rates, kFloat64, 2)) return "peaks: rates: wanted a float64 tensor [2]";
   if (!(seconds > 0 && seconds <= 10)) return "peaks: seconds: wanted a number in (0, 10]";
+  if (call.counting) return nullptr;
   double* out = static_cast<double*>(rates.data);
   const double each = 2.0 * kChains * kLoops;
-  out[0] = each * Register<float>::kLanes * calls_per_second(multiply_add, seconds, threads);
-  out[1] = has_dot_bytes() ? each * kDotBytes * calls_per_second(dot_bytes, seconds, threads) : 0;
+  out[0] = each * Register<float>::kLanes * calls_per_second(multiply_add, seconds, call.threads);
+  out[1] = has_dot_bytes() ? each * kDotBytes * calls_per_second(dot_bytes, seconds, call.threads) : 0;
   return nullptr;
 }
 

@@ -8,23 +8,23 @@
 TOKENFLOW_BEGIN
 
 template <class T>
-static void forward(const View& x, const View& codebook, const Tables& tables, double loss_weight, const View& searched,
-                    const View& staged, const View& workspace, const View& partial, const View& quantized,
-                    const View& indices, const View& loss, const View& code_rows, const View& code_norms,
-                    const View& status, int threads) {
+static void forward(Call& call, const View& x, const View& codebook, const Tables& tables, double loss_weight,
+                    const View& quantized, const View& indices, const View& loss, const View& searched,
+                    const View& code_rows, const View& code_norms) {
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = codebook.shape[1];
   const int64_t eighths = (rows + 7) / 8;  // partial sums, whatever the blocks
-  T* searched_rows = static_cast<T*>(searched.data);
-  T* stage_rows = static_cast<T*>(staged.data);
+  T* searched_rows = searched.type == kNone ? take<T>(call, rows * groups * channels) : static_cast<T*>(searched.data);
+  T* stage_rows = take<T>(call, rows * channels);
+  double* partials = take<double>(call, groups * eighths);
+  const View workspace = take_rest(call, bytes_of_search<T>(rows, codes, channels, call.threads));
+  if (call.counting) return;
   T* rows_out = static_cast<T*>(code_rows.data);
   T* norms_out = static_cast<T*>(code_norms.data);
   int64_t* ids = static_cast<int64_t*>(indices.data);
-  double* partials = static_cast<double*>(partial.data);
-  int64_t bad = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const T* codes_of_group = static_cast<const T*>(codebook.data) + g * codes * channels;
-    const Index<T> index = make_index(codes_of_group, codes, channels, tables, rows, workspace, threads);
-    for_row_blocks(index, rows, threads, true, [&](int64_t first, int64_t count, int inside) {
+    const Index<T> index = make_index(codes_of_group, codes, channels, tables, rows, workspace, call.threads);
+    for_row_blocks(index, rows, call.threads, true, [&](int64_t first, int64_t count, int inside) {
       bool good[kRowBlock];
       Best<T> best[kRowBlock];
       T* block = stage_rows + first * channels;
@@ -49,7 +49,7 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
         store(quantized, at * channels, channels, code);
         if (rows_out) memcpy(rows_out + at * channels, code, channels * sizeof(T));
         if (!good[r]) {
-          tokenflow_ext::count(&bad, 1);
+          tokenflow_ext::count(&call.rows_not_finite, 1);
           continue;
         }
         const T* y = searched_rows + at * channels;
@@ -63,12 +63,10 @@ static void forward(const View& x, const View& codebook, const Tables& tables, d
   for (int64_t i = 0; i < groups * eighths; ++i) sum += partials[i];
   const double numbers = static_cast<double>(rows * groups * channels);
   static_cast<T*>(loss.data)[0] = static_cast<T>(numbers > 0 ? loss_weight * sum / numbers : 0);
-  static_cast<int64_t*>(status.data)[0] = bad;
 }
 
-Error quantize(View x, View codebook, Tables tables, double loss_weight, View searched, View staged, View workspace,
-               View partial, View quantized, View indices, View loss, View code_rows, View code_norms, View status,
-               int threads) noexcept {
+Error quantize(Call& call, View x, View codebook, Tables tables, double loss_weight, View quantized, View indices,
+               View loss, View searched, View code_rows, View code_norms) noexcept {
   if (!dense(x, 3) || !dense(codebook, 3) || !floating(x))
     return "quantize: wanted contiguous floats x [N, G, C] and codebook [G, K, C]";
   if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0] || !covers(tables, x.shape[2]))
@@ -76,18 +74,14 @@ Error quantize(View x, View codebook, Tables tables, double loss_weight, View se
   if (codebook.shape[1] < 1) return "quantize: codebook: wanted at least one code";
   const int64_t rows = x.shape[0], numbers = rows * x.shape[1] * x.shape[2];
   if (!holds(quantized, x.type, numbers) || !holds(indices, kInt64, rows * x.shape[1]) ||
-      !holds(loss, codebook.type, 1) || !holds(status, kInt64, 1) || !holds(searched, codebook.type, numbers) ||
-      !holds(staged, codebook.type, rows * x.shape[2]) || !holds(partial, kFloat64, x.shape[1] * ((rows + 7) / 8)) ||
-      !holds_search(codebook.type, workspace, rows, codebook.shape[1], x.shape[2], threads) ||
+      !holds(loss, codebook.type, 1) || (searched.type != kNone && !holds(searched, codebook.type, numbers)) ||
       (code_rows.type != kNone && !holds(code_rows, codebook.type, numbers)) ||
       (code_norms.type != kNone && !holds(code_norms, codebook.type, rows * x.shape[1] * tables.count)))
-    return "quantize: wanted outputs and workspace that fit the rows";
+    return "quantize: wanted outputs that fit the rows";
   if (codebook.type == kFloat64)
-    forward<double>(x, codebook, tables, loss_weight, searched, staged, workspace, partial, quantized, indices, loss,
-                    code_rows, code_norms, status, threads);
+    forward<double>(call, x, codebook, tables, loss_weight, quantized, indices, loss, searched, code_rows, code_norms);
   else if (codebook.type == kFloat32)
-    forward<float>(x, codebook, tables, loss_weight, searched, staged, workspace, partial, quantized, indices, loss,
-                   code_rows, code_norms, status, threads);
+    forward<float>(call, x, codebook, tables, loss_weight, quantized, indices, loss, searched, code_rows, code_norms);
   else
     return "quantize: codebook: wanted float32 or float64";
   return nullptr;

@@ -10,17 +10,17 @@
 TOKENFLOW_BEGIN
 
 // dx of every row; for the codebook gaps [N, G, C] = to_code (q - y) and keys [N, G] = the row's code, -1 where the row
-// is left out. spare [J, 2, 8, C]: y and dx of eight rows, for each of J threads.
+// is left out, or null. spare [J, 2, 8, C]: y and dx of eight rows, for each of J threads.
 template <class T>
 static void rows_backward(const View& x, const View& code_rows, const View& indices, const View& grad_quantized,
-                          const Tables& tables, T to_row, T to_code, const View& spare, const View& gaps,
-                          const View& keys, const View& grad_x, int threads) {
+                          const Tables& tables, T to_row, T to_code, T* spare, T* gaps, int64_t* keys,
+                          const View& grad_x, int threads) {
   const int64_t rows = x.shape[0] * x.shape[1], channels = x.shape[2], blocks = (rows + kRows - 1) / kRows;
   const int64_t* ids = static_cast<const int64_t*>(indices.data);
   const bool direct = grad_x.type == type_of<T>();  // then dx is computed where it belongs
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    T* y = static_cast<T*>(spare.data) + omp_get_thread_num() * 2 * kRows * channels;
+    T* y = spare + omp_get_thread_num() * 2 * kRows * channels;
     T norms[kRows * kMaxTables];
     T* row[kRows];
     for (int r = 0; r < kRows; ++r) row[r] = y + r * channels;
@@ -48,10 +48,10 @@ static void rows_backward(const View& x, const View& code_rows, const View& indi
         }
         if (!direct) store(grad_x, first * channels, numbers, g);
       }
-      if (!gaps.data) continue;
-      T* gap = static_cast<T*>(gaps.data) + first * channels;
+      if (!gaps) continue;
+      T* gap = gaps + first * channels;
       for (int64_t i = 0; i < numbers; ++i) gap[i] = to_code * (q[i] - y[i]);
-      for (int64_t r = 0; r < count; ++r) static_cast<int64_t*>(keys.data)[first + r] = good[r] ? ids[first + r] : -1;
+      for (int64_t r = 0; r < count; ++r) keys[first + r] = good[r] ? ids[first + r] : -1;
     }
   }
 }
@@ -59,12 +59,12 @@ static void rows_backward(const View& x, const View& code_rows, const View& indi
 // The gradient of every code, summed over its rows in row order.
 template <class T>
 static void codes_backward(const View& code_rows, const View& code_norms, const Tables& tables, const View& gaps,
-                           const View& keys, const SumSpace& space, const View& grad_codebook) {
+                           const int64_t* keys, const SumSpace& space, const View& grad_codebook) {
   const int64_t groups = gaps.shape[1], codes = grad_codebook.shape[1], channels = gaps.shape[2];
   const T* q = static_cast<const T*>(code_rows.data);
   const T* norms = static_cast<const T*>(code_norms.data);
   sum_by_code<T>(
-      static_cast<const int64_t*>(keys.data), gaps, codes, false, space, [](int64_t& last, int64_t n) { last = n + 1; },
+      keys, gaps, codes, false, space, [](int64_t& last, int64_t n) { last = n + 1; },
       [&](int64_t g, int64_t first, int64_t used, const double* sums, const int64_t* last) {
         T* out = static_cast<T*>(grad_codebook.data) + (g * codes + first) * channels;
         store_sums<T>(grad_codebook, (g * codes + first) * channels, used * channels, sums);
@@ -82,46 +82,49 @@ static void codes_backward(const View& code_rows, const View& code_norms, const 
 }
 
 template <class T>
-static void backward(const View& x, const View& code_rows, const View& code_norms, const View& indices,
+static void backward(Call& call, const View& x, const View& code_rows, const View& code_norms, const View& indices,
                      const View& grad_quantized, const View& grad_loss, const Tables& tables, double commitment_weight,
-                     double codebook_weight, const View& spare, const View& gaps, const View& keys,
-                     const SumSpace& space, const View& grad_x, const View& grad_codebook, int threads) {
-  const int64_t numbers = x.shape[0] * x.shape[1] * x.shape[2];
+                     double codebook_weight, const View& grad_x, const View& grad_codebook) {
+  const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], numbers = rows * groups * channels;
+  T* spare = take<T>(call, call.threads * 2 * kRows * channels);
+  View gaps = {nullptr, type_of<T>(), 3, -1, true, {rows, groups, channels}};
+  int64_t* keys = nullptr;
+  SumSpace space = {};
+  if (grad_codebook.type != kNone) {
+    gaps.data = take<T>(call, numbers);
+    keys = take<int64_t>(call, rows * groups);
+    space = take_sums(call, rows, groups, grad_codebook.shape[1], channels);
+  }
+  if (call.counting) return;
   const double scale = grad_loss.data && numbers ? 2.0 * static_cast<const T*>(grad_loss.data)[0] / numbers : 0;
   rows_backward<T>(x, code_rows, indices, grad_quantized, tables, static_cast<T>(scale * commitment_weight),
-                   static_cast<T>(scale * codebook_weight), spare, gaps, keys, grad_x,
-                   numbers * static_cast<int64_t>(sizeof(T)) < kAloneBytes ? 1 : threads);
+                   static_cast<T>(scale * codebook_weight), spare, static_cast<T*>(gaps.data), keys, grad_x,
+                   numbers * static_cast<int64_t>(sizeof(T)) < kAloneBytes ? 1 : call.threads);
   if (grad_codebook.data) codes_backward<T>(code_rows, code_norms, tables, gaps, keys, space, grad_codebook);
 }
 
-Error quantize_backward(View x, View code_rows, View code_norms, View indices, View grad_quantized, View grad_loss,
-                        Tables tables, double commitment_weight, double codebook_weight, View spare, View gaps,
-                        View keys, View members, View starts, View sums, View grad_x, View grad_codebook,
-                        int threads) noexcept {
+Error quantize_backward(Call& call, View x, View code_rows, View code_norms, View indices, View grad_quantized,
+                        View grad_loss, Tables tables, double commitment_weight, double codebook_weight, View grad_x,
+                        View grad_codebook) noexcept {
   if (!dense(x, 3) || !floating(x) || !covers(tables, x.shape[2]))
     return "quantize_backward: wanted contiguous floats x [N, G, C]";
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], numbers = rows * groups * channels;
   const Type real = code_rows.type;
   if (!holds(code_rows, real, numbers) || !holds(indices, kInt64, rows * groups) ||
-      !holds(spare, real, threads * 2 * kRows * channels) ||
       (tables.unit_codes && !holds(code_norms, real, rows * groups * tables.count)) ||
       (grad_quantized.type != kNone && !holds(grad_quantized, x.type, numbers)) ||
       (grad_loss.type != kNone && !holds(grad_loss, real, 1)) ||
       (grad_x.type != kNone && !holds(grad_x, x.type, numbers)))
-    return "quantize_backward: wanted gradients and workspace that fit the rows";
-  SumSpace space;
-  if (grad_codebook.type != kNone &&
-      (!dense(grad_codebook, 3) || !dense(gaps, 3) ||
-       !holds(grad_codebook, real, groups * grad_codebook.shape[1] * channels) || gaps.shape[0] != rows ||
-       gaps.shape[1] != groups || !holds(gaps, real, numbers) || !holds(keys, kInt64, rows * groups) ||
-       !sum_space(members, starts, sums, rows, groups, grad_codebook.shape[1], channels, &space)))
-    return "quantize_backward: grad_codebook: wanted [G, K, C] and workspace that fits it";
+    return "quantize_backward: wanted gradients that fit the rows";
+  if (grad_codebook.type != kNone && (!dense(grad_codebook, 3) || grad_codebook.shape[1] < 1 ||
+                                      !holds(grad_codebook, real, groups * grad_codebook.shape[1] * channels)))
+    return "quantize_backward: grad_codebook: wanted [G, K, C]";
   if (real == kFloat64)
-    backward<double>(x, code_rows, code_norms, indices, grad_quantized, grad_loss, tables, commitment_weight,
-                     codebook_weight, spare, gaps, keys, space, grad_x, grad_codebook, threads);
+    backward<double>(call, x, code_rows, code_norms, indices, grad_quantized, grad_loss, tables, commitment_weight,
+                     codebook_weight, grad_x, grad_codebook);
   else if (real == kFloat32)
-    backward<float>(x, code_rows, code_norms, indices, grad_quantized, grad_loss, tables, commitment_weight,
-                    codebook_weight, spare, gaps, keys, space, grad_x, grad_codebook, threads);
+    backward<float>(call, x, code_rows, code_norms, indices, grad_quantized, grad_loss, tables, commitment_weight,
+                    codebook_weight, grad_x, grad_codebook);
   else
     return "quantize_backward: code_rows: wanted float32 or float64";
   return nullptr;

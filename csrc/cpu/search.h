@@ -3,8 +3,8 @@
 //   full precision codes are packed once, scan.h passes over them
 //   certified      codes are packed once and again in 8 bits, certified.h passes over them and scores what it cannot
 //   rule out
-// All give the lowest canonical (score, id), the same bits. Who owns what: `workspace` is one tensor of bytes from
-// Python, search_bytes() long.
+// All give the lowest canonical (score, id), the same bits. Who owns what: `workspace` is a piece of the call's
+// scratch, bytes_of_search() long.
 #pragma once
 #include "cpu/certified.h"
 
@@ -82,17 +82,6 @@ static int64_t bytes_of_search(int64_t rows, int64_t codes, int64_t channels, in
   return layout(rows, codes, channels, certify<T>(rows, codes, channels), threads, nullptr, &panels, &index, &spare);
 }
 
-// Whether the workspace is large enough to search in full precision at least.
-static bool holds_search(Type type, const View& workspace, int64_t rows, int64_t codes, int64_t channels, int threads) {
-  Index<double> wide;
-  Index<float> index;
-  double* wide_panels;
-  float *panels, *spare;
-  return holds(workspace, kUInt8,
-               type == kFloat64 ? layout(rows, codes, channels, false, threads, nullptr, &wide_panels, &wide, &spare)
-                                : layout(rows, codes, channels, false, threads, nullptr, &panels, &index, &spare));
-}
-
 // The codes [codes, C], ready to be searched by `rows` rows in all.
 template <class T>
 static Index<T> make_index(const T* codebook, int64_t codes, int64_t channels, const Tables& tables, int64_t rows,
@@ -102,7 +91,7 @@ static Index<T> make_index(const T* codebook, int64_t codes, int64_t channels, c
   float* spare = nullptr;
   char* memory = static_cast<char*>(workspace.data);
   memory += aligned(reinterpret_cast<uintptr_t>(memory)) - reinterpret_cast<uintptr_t>(memory);
-  // The precision may have been changed since Python asked for the bytes: what fits decides.
+  // The precision may have been changed since the bytes were counted: what fits decides.
   index.certify = certify<T>(rows, codes, channels) &&
                   layout(rows, codes, channels, true, threads, nullptr, &panels, &index, &spare) <= workspace.shape[0];
   layout(rows, codes, channels, index.certify, threads, memory, &panels, &index, &spare);
@@ -288,8 +277,8 @@ static void search(const Index<T>& index, const T* staged, int64_t rows, Best<T>
     if (best[r].id < 0) best[r] = first_number(index, staged + r * index.packed.channels);
 }
 
-// block(first, count, threads) for blocks of at most 64 rows. Every thread gets some, in whole tiles; where not even that
-// is to be had, or the codes are still to be packed, the rows have all threads together, if they `can_share` them.
+// block(first, count, threads) for blocks of at most 64 rows. Every thread gets some, in whole tiles; where not even
+// that is to be had, or the codes are still to be packed, the rows have all threads together, if they `can_share` them.
 template <class T, class F>
 static void for_row_blocks(const Index<T>& index, int64_t rows, int threads, bool can_share, F block) {
   int64_t size = (rows / (2 * threads) + 7) / 8 * 8;

@@ -14,18 +14,16 @@
 TOKENFLOW_BEGIN
 
 template <class T>
-static Error backward(const View& x, const View& keys, const View& values, const View& ids, const View& grad,
-                      const View& space_view, const View& mask, const View& grad_x, const View& grad_keys,
-                      int threads) {
+static void backward(Call& call, const View& x, const View& keys, const View& values, const View& ids, const View& grad,
+                     const View& grad_x, const View& grad_keys) {
   using V = typename Register<T>::V;
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2];
   const int64_t codes = keys.shape[1], width = values.shape[2], padded = pad(width, kTile);
-  Space<T> space = {static_cast<T*>(space_view.data), static_cast<T*>(space_view.data) + space_view.shape[0]};
   const bool to_rows = grad_x.type != kNone, to_codes = grad_keys.type != kNone;
-  Softmax<T> s = softmax_of<T>(rows, codes, channels, width, to_rows, to_codes, threads, mask, &space);
-  T* value_panel = space.take(s.panels * kCodes * width);  // [panels][Dv][32]
-  T* upstream = space.take(kBlock * padded);               // [256][Dv up to 8]
-  if (space.at > space.end) return "soft_quantize: space: wanted more workspace";
+  Softmax<T> s = take_softmax<T>(call, rows, codes, channels, width, to_rows, to_codes);
+  T* value_panel = take<T>(call, s.panels * kCodes * width);  // [panels][Dv][32]
+  T* upstream = take<T>(call, kBlock * padded);               // [256][Dv up to 8]
+  if (call.counting) return;
   static const T zeros[kCodes] = {};
   for (int64_t g = 0; g < groups; ++g) {
     pack_codes(s, static_cast<const T*>(keys.data) + g * codes * channels);
@@ -84,11 +82,10 @@ static Error backward(const View& x, const View& keys, const View& values, const
     }
     if (to_codes) store_codes(s, static_cast<T*>(grad_keys.data) + g * codes * channels);
   }
-  return nullptr;
 }
 
-Error soft_quantize_backward(View x, View keys, View values, View ids, View grad, View space, View mask, View grad_x,
-                             View grad_keys, int threads) noexcept {
+Error soft_quantize_backward(Call& call, View x, View keys, View values, View ids, View grad, View grad_x,
+                             View grad_keys) noexcept {
   if (!dense(x, 3) || !dense(keys, 3) || !dense(values, 3) || (x.type != kFloat32 && x.type != kFloat64) ||
       keys.type != x.type || values.type != x.type)
     return "soft_quantize: wanted contiguous x [N, G, C], keys [G, K, C], values [G, K, Dv], all float32 or all "
@@ -99,13 +96,12 @@ Error soft_quantize_backward(View x, View keys, View values, View ids, View grad
   if (!dense(ids, 2) || ids.type != kInt64 || ids.shape[0] != x.shape[0] || ids.shape[1] != x.shape[1] ||
       !holds(grad, x.type, x.shape[0] * x.shape[1] * values.shape[2]))
     return "soft_quantize: wanted int64 ids [N, G] and a gradient [N, G, Dv]";
-  if (!dense(space, 1) || space.type != x.type || !holds(mask, kInt64, (keys.shape[1] + 31) / 32 * 4))
-    return "soft_quantize: wanted workspace that fits the codes";
   if ((grad_x.type != kNone && !(dense(grad_x, 3) && holds(grad_x, x.type, x.shape[0] * x.shape[1] * x.shape[2]))) ||
       (grad_keys.type != kNone && !holds(grad_keys, x.type, keys.shape[0] * keys.shape[1] * keys.shape[2])))
     return "soft_quantize: wanted gradients of the shapes and type of x and keys";
-  if (x.type == kFloat64) return backward<double>(x, keys, values, ids, grad, space, mask, grad_x, grad_keys, threads);
-  return backward<float>(x, keys, values, ids, grad, space, mask, grad_x, grad_keys, threads);
+  const auto of_type = x.type == kFloat64 ? backward<double> : backward<float>;
+  of_type(call, x, keys, values, ids, grad, grad_x, grad_keys);
+  return nullptr;
 }
 
 TOKENFLOW_END

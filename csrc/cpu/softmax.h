@@ -13,8 +13,8 @@
 //
 // Arithmetic is one kernel, `product`: 8 rows by 32 columns in registers. Codes are packed as panels [C][32] + [32]
 // starting scores (0, or -inf where there is no code or it is not finite), and, for the gradient of rows, as rows
-// [32][C up to 16]. Memory: (3 C + 2) K numbers, and C of 256 rows for each chunk. Workspace comes from Python as one
-// tensor (`Space`). Source: online softmax and recomputation as in FlashAttention, 2205.14135; the mask is ours.
+// [32][C up to 16]. Memory: (3 C + 2) K numbers, and C of 256 rows for each chunk, as scratch of the call. Source:
+// online softmax and recomputation as in FlashAttention, 2205.14135; the mask is ours.
 #pragma once
 #include "cpu/exp.h"
 
@@ -28,18 +28,6 @@ constexpr int64_t kTiles = kBlock / kTile;
 constexpr int64_t kSum = 16;  // lanes of a running sum
 
 static inline int64_t pad(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Where workspace comes from: pieces of one tensor, each on a cache line.
-template <class T>
-struct Space {
-  T* at;
-  const T* end;
-  T* take(int64_t numbers) {
-    T* piece = at;
-    at += pad(numbers, 16);
-    return piece;
-  }
-};
 
 // out[r][0, W) = start[0, W), or out[r] itself where start is null, + sum_i a[r row + i step] b[i b_step + (0, W)].
 template <class T, int W>
@@ -92,28 +80,28 @@ struct Softmax {
   int64_t last_panel(int64_t chunk) const { return (chunk + 1) * span < panels ? (chunk + 1) * span : panels; }
 };
 
-// Takes what one group needs from `space`; `width` is that of soft_quantize's values, of which a visit keeps 32 rows.
+// Takes what one group needs; `width` is that of soft_quantize's values, of which a visit keeps 32 rows.
 template <class T>
-static Softmax<T> softmax_of(int64_t rows, int64_t codes, int64_t channels, int64_t width, bool to_rows, bool to_codes,
-                             int threads, const View& mask, Space<T>* space) {
+static Softmax<T> take_softmax(Call& call, int64_t rows, int64_t codes, int64_t channels, int64_t width, bool to_rows,
+                               bool to_codes) {
   Softmax<T> s = {};
   s.codes = codes, s.channels = channels;
-  s.threads = rows * codes * (channels + width) > 65536 ? threads : 1;  // under that, waking them costs more
+  s.threads = rows * codes * (channels + width) > 65536 ? call.threads : 1;  // under that, waking them costs more
   s.panels = pad(codes, kCodes) / kCodes;
   s.span = (s.panels + 31) / 32 < 32 ? (s.panels + 31) / 32 : 32;
   s.chunks = (s.panels + s.span - 1) / s.span;
   s.cut = -static_cast<T>(__builtin_log(static_cast<double>(codes)) + (sizeof(T) == 4 ? 20 : 44));
-  s.panel = space->take(s.panels * kCodes * (channels + 1));
-  s.x = space->take(kBlock * s.padded());
-  s.top = space->take(kBlock), s.log_total = space->take(kBlock);
-  s.mean = space->take(kBlock), s.total = space->take(kBlock);
-  s.partial = space->take(s.chunks * 2 * kBlock);
+  s.panel = take<T>(call, s.panels * kCodes * (channels + 1));
+  s.x = take<T>(call, kBlock * s.padded());
+  s.top = take<T>(call, kBlock), s.log_total = take<T>(call, kBlock);
+  s.mean = take<T>(call, kBlock), s.total = take<T>(call, kBlock);
+  s.partial = take<T>(call, s.chunks * 2 * kBlock);
   s.scratch_size = pad(kGroup * (s.padded() + pad(width, kTile) + 2 * kCodes) + s.wide(), 16);
-  s.scratch = space->take(threads * s.scratch_size);
-  if (to_rows) s.code_rows = space->take(s.panels * kCodes * s.wide());
-  if (to_rows) s.grad_x = space->take(s.chunks * kBlock * s.wide());
-  if (to_codes) s.grad_panel = space->take(s.panels * kCodes * s.padded());
-  s.mask = static_cast<uint8_t*>(mask.data);
+  s.scratch = take<T>(call, s.threads * s.scratch_size);
+  if (to_rows) s.code_rows = take<T>(call, s.panels * kCodes * s.wide());
+  if (to_rows) s.grad_x = take<T>(call, s.chunks * kBlock * s.wide());
+  if (to_codes) s.grad_panel = take<T>(call, s.panels * kCodes * s.padded());
+  s.mask = take<uint8_t>(call, s.panels * kTiles);
   return s;
 }
 

@@ -24,33 +24,74 @@ static Left statistics(const int64_t* ids, const View& x, const View& counts, co
       });
 }
 
-Error code_statistics(View x, View indices, View members, View starts, View space_sums, View counts, View sums,
-                      View status) noexcept {
+// Counts alone. Rows are read only to see whether they are finite.
+template <class T>
+static Left hits(const int64_t* ids, const View& x, const View& counts, int64_t* total) {
+  constexpr int64_t kSpan = 64;  // channels that are converted at a time
+  const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], codes = counts.shape[1];
+  const T* direct = x.type == type_of<T>() ? static_cast<const T*>(x.data) : nullptr;
+  Left left = {0, 0};
+  memset(total, 0, groups * codes * sizeof(int64_t));
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t i = n * groups + g, at = i * channels, id = ids[i];
+      if (!inside(id, codes)) {
+        ++left.outside;
+        continue;
+      }
+      bool good = !direct || all_finite(direct + at, channels);
+      for (int64_t c = 0; !direct && c < channels; c += kSpan) {
+        T span[kSpan];
+        const int64_t width = channels - c < kSpan ? channels - c : kSpan;
+        load(x, at + c, width, span);
+        good &= all_finite(span, width);
+      }
+      total[g * codes + id] += good;
+      left.bad += !good;
+    }
+  for (int64_t k = 0; k < groups * codes; ++k) static_cast<T*>(counts.data)[k] = static_cast<T>(total[k]);
+  return left;
+}
+
+template <class T>
+static void run(Call& call, const View& x, const View& indices, const View& counts, const View& sums) {
+  const int64_t *ids = static_cast<const int64_t*>(indices.data), codes = counts.shape[1];
+  Left left;
+  if (sums.type == kNone) {
+    int64_t* total = take<int64_t>(call, x.shape[1] * codes);
+    if (call.counting) return;
+    left = hits<T>(ids, x, counts, total);
+  } else {
+    const SumSpace space = take_sums(call, x.shape[0], x.shape[1], codes, x.shape[2]);
+    if (call.counting) return;
+    left = statistics<T>(ids, x, counts, sums, space);
+  }
+  call.ids_outside = left.outside;
+  call.rows_not_finite = left.bad;
+}
+
+Error code_statistics(Call& call, View x, View indices, View counts, View sums) noexcept {
   if (!dense(x, 3) || !dense(indices, 2) || !dense(counts, 2) || !floating(x) || indices.type != kInt64)
     return "code_statistics: wanted contiguous floats x [N, G, C], int64 indices [N, G], counts [G, K]";
   const int64_t rows = x.shape[0], groups = x.shape[1], codes = counts.shape[1];
-  SumSpace space;
   if (indices.shape[0] != rows || indices.shape[1] != groups || counts.shape[0] != groups || counts.type > kFloat64 ||
-      !holds(sums, counts.type, groups * codes * x.shape[2]) || !holds(status, kInt64, 2) ||
-      !sum_space(members, starts, space_sums, rows, groups, codes, x.shape[2], &space))
-    return "code_statistics: wanted outputs and workspace that fit the rows";
-  const int64_t* ids = static_cast<const int64_t*>(indices.data);
-  const Left left = counts.type == kFloat64 ? statistics<double>(ids, x, counts, sums, space)
-                                            : statistics<float>(ids, x, counts, sums, space);
-  static_cast<int64_t*>(status.data)[0] = left.outside;
-  static_cast<int64_t*>(status.data)[1] = left.bad;
+      codes < 1 || x.shape[2] < 1 || (sums.type != kNone && !holds(sums, counts.type, groups * codes * x.shape[2])))
+    return "code_statistics: wanted outputs that fit the rows";
+  if (counts.type == kFloat64)
+    run<double>(call, x, indices, counts, sums);
+  else
+    run<float>(call, x, indices, counts, sums);
   return nullptr;
 }
 
-// partial [G, 64]: the share of each 64th of the codes in sum_k ema_counts_k, added in order.
+// totals [G, 64]: the share of each 64th of the codes in sum_k ema_counts_k, added in order.
 template <class T>
 static void update(const View& codebook, const View& ema_counts, const View& ema_sums, const View& counts,
-                   const View& sums, const View& partial, const Tables& tables, double decay, double eps,
+                   const View& sums, double* totals, const Tables& tables, double decay, double eps,
                    bool normalize_mean, int threads) {
   const int64_t groups = codebook.shape[0], codes = codebook.shape[1], channels = codebook.shape[2];
   const int64_t blocks = (codes + kRows - 1) / kRows;
   const T keep = static_cast<T>(decay), take = static_cast<T>(1.0 - decay);
-  double* totals = static_cast<double*>(partial.data);
   if (groups * codes * channels * static_cast<int64_t>(sizeof(T)) < kAloneBytes) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -101,19 +142,22 @@ static void update(const View& codebook, const View& ema_counts, const View& ema
   }
 }
 
-Error ema_update(View codebook, View ema_counts, View ema_sums, View counts, View sums, View partial, Tables tables,
-                 double decay, double eps, bool normalize_mean, int threads) noexcept {
+Error ema_update(Call& call, View codebook, View ema_counts, View ema_sums, View counts, View sums, Tables tables,
+                 double decay, double eps, bool normalize_mean) noexcept {
   if (!dense(codebook, 3) || codebook.type < kFloat32 || codebook.type > kFloat64 || !covers(tables, codebook.shape[2]))
     return "ema_update_: codebook: wanted contiguous float32 or float64 [G, K, C]";
   const int64_t count = codebook.shape[0] * codebook.shape[1], numbers = count * codebook.shape[2];
   if (!holds(ema_counts, codebook.type, count) || !holds(counts, codebook.type, count) ||
-      !holds(ema_sums, codebook.type, numbers) || !holds(sums, codebook.type, numbers) ||
-      !holds(partial, kFloat64, codebook.shape[0] * kShares))
-    return "ema_update_: wanted counts [G, K], sums [G, K, C] of the codebook's type and partial [G, 64]";
+      !holds(ema_sums, codebook.type, numbers) || !holds(sums, codebook.type, numbers))
+    return "ema_update_: wanted counts [G, K] and sums [G, K, C] of the codebook's type";
+  double* totals = take<double>(call, codebook.shape[0] * kShares);
+  if (call.counting) return nullptr;
   if (codebook.type == kFloat64)
-    update<double>(codebook, ema_counts, ema_sums, counts, sums, partial, tables, decay, eps, normalize_mean, threads);
+    update<double>(codebook, ema_counts, ema_sums, counts, sums, totals, tables, decay, eps, normalize_mean,
+                   call.threads);
   else
-    update<float>(codebook, ema_counts, ema_sums, counts, sums, partial, tables, decay, eps, normalize_mean, threads);
+    update<float>(codebook, ema_counts, ema_sums, counts, sums, totals, tables, decay, eps, normalize_mean,
+                  call.threads);
   return nullptr;
 }
 

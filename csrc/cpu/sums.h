@@ -4,8 +4,7 @@
 // brings the rows of a bucket together; then each bucket adds its rows, nearly in sequence, and writes each of its
 // codes once. A code adds its rows in row order however many buckets and threads there are. Moved: ids twice, 8 bytes a
 // row written and read for the members, the rows once, what `finish` writes; where one bucket holds the table nothing
-// is sorted and the ids are read once. Who owns what: members, starts and sums are workspace tensors from Python
-// (ops/_sums.py).
+// is sorted and the ids are read once. Who owns what: members, starts and sums are scratch of the call.
 #pragma once
 #include <omp.h>
 
@@ -20,22 +19,22 @@ struct SumSpace {
   int64_t threads, shift, buckets, stride;
 };
 
-// members [G, N], starts [G, J, buckets], sums [J, 2^shift, C + 1] as workspace for K codes; false where they do not
-// fit.
-static inline bool sum_space(const View& members, const View& starts, const View& sums, int64_t rows, int64_t groups,
-                             int64_t codes, int64_t channels, SumSpace* space) {
-  if (sums.rank != 3 || sums.shape[0] < 1 || sums.shape[1] < 1 || sums.shape[2] != channels + 1) return false;
-  const int64_t shift = __builtin_ctzll(sums.shape[1]), buckets = (codes + sums.shape[1] - 1) >> shift;
-  *space = {static_cast<int64_t*>(members.data),
-            static_cast<int64_t*>(starts.data),
-            static_cast<double*>(sums.data),
-            sums.shape[0],
-            shift,
-            buckets,
-            sums.shape[1] * sums.shape[2]};
-  return sums.shape[1] == int64_t{1} << shift && holds(sums, kFloat64, 1) &&
-         (buckets == 1 ||
-          (holds(members, kInt64, groups * rows) && holds(starts, kInt64, groups * sums.shape[0] * buckets)));
+constexpr int64_t kBucketNumbers = 1 << 15;  // sums of one bucket, in double: a quarter of a core's second-level cache
+constexpr int64_t kAloneNumbers = 1 << 15;   // below these of rows and codes a second thread costs more than it brings
+
+// Scratch for ids [N, G] into K codes. A bucket is as many codes as the cache holds, fewer where that leaves threads
+// without work.
+static inline SumSpace take_sums(Call& call, int64_t rows, int64_t groups, int64_t codes, int64_t channels) {
+  SumSpace s = {};
+  s.threads = groups * (rows + codes) * channels > kAloneNumbers ? call.threads : 1;
+  const int64_t share = s.threads == 1 ? codes : (groups * codes + 2 * s.threads - 1) / (2 * s.threads);
+  while (int64_t{1} << s.shift < share && (int64_t{2} << s.shift) * channels <= kBucketNumbers) ++s.shift;
+  s.buckets = (codes + (int64_t{1} << s.shift) - 1) >> s.shift;
+  s.stride = (channels + 1) << s.shift;
+  s.members = take<int64_t>(call, s.buckets > 1 ? groups * rows : 0);
+  s.starts = take<int64_t>(call, s.buckets > 1 ? groups * s.threads * s.buckets : 0);
+  s.sums = take<double>(call, s.threads * s.stride);
+  return s;
 }
 
 // sum [n] += row [n]; a lane of *poison becomes NaN where a number is not finite.

@@ -4,7 +4,7 @@
 hands the calls to `replay.cpp`, built from the same CMakeLists.txt with -DTOKENFLOW_REPLAY=ON for any compiler.
 
 A file of calls, all numbers little endian and 8 bytes: per call the op's name (length, bytes), its buffers (count; bytes,
-address modulo 64, content), then its arguments in the order of csrc/common/ops.h. A View is its type (-1: none), rank,
+address modulo 64, content), then its arguments in the order of csrc/common/ops.h, threads last. A View is its type (-1: none), rank,
 shape and buffer; Tables are count, l2, unit, unit_codes, widths, weights. The results: per call its error (length, bytes),
 its two counts, and the buffers' content.
 """
@@ -36,22 +36,16 @@ PATTERNS = {
 }
 """Per type of csrc/common/view.h: an integer of its size, and the bits of infinity."""
 
-SCRATCH = {
-    *("staged", "workspace", "partial", "searched", "spare", "gaps", "space", "mask"),
-    *("quantize_backward.sums", "lookup_backward.sums"),
-}
-"""Arguments whose content belongs to one instruction set, or is nobody's after the call."""
-
 
 def signatures() -> dict[str, list[tuple[str, str]]]:
-    """The arguments (type, name) of every op that bindings.cpp offers, from the declarations in csrc/common."""
+    """The arguments (type, name) of every op that bindings.cpp offers, from the declarations in csrc/common; threads last."""
     text = "".join((ROOT / "csrc/common" / name).read_text() for name in ("ops.h", "multiscale_ops.h"))
     text = re.sub(r"/\*.*?\*/|\\\n", " ", text)
     declared = dict(re.findall(r"Error (\w+)\(([^()]*)\)\s+noexcept", text))
     offered = re.findall(r"TOKENFLOW_OP\((\w+)\);", (ROOT / "csrc/bindings.cpp").read_text())
     offered.remove("peaks")  # measures the machine: other bits every time
     split = {op: [tuple(argument.split()) for argument in declared[op].split(",")] for op in offered}
-    return {op: [argument for argument in arguments if argument[0] != "Call&"] for op, arguments in split.items()}
+    return {op: [*arguments[1:], ("int", "threads")] for op, arguments in split.items()}  # the first is the Call
 
 
 @dataclass
@@ -105,9 +99,8 @@ class _Door:
         held = b"".join(struct.pack("<qq", n, at % 64) + before for (at, n), before in buffers.items())
         call.encoded = head + held + b"".join(numbers)
         try:
-            returned = function(*arguments)
-            call.counts = returned or (0, 0)
-            return returned
+            call.counts = function(*arguments)
+            return call.counts
         except ValueError as error:
             call.error = str(error)
             raise
@@ -186,8 +179,6 @@ def differences(calls: list[Call], made) -> list[str]:
         if (error, counts) != (call.error, call.counts):
             lines.append(f"call {i}, {call.op}: {error!r}, {counts} for {call.error!r}, {call.counts}")
         for name, (dtype, buffer) in call.tensors.items():
-            if name in SCRATCH or f"{call.op}.{name}" in SCRATCH:
-                continue
             expected, actual = _plain(call.after[buffer], dtype), _plain(buffers[buffer], dtype)
             wrong = np.flatnonzero(expected != actual)
             if len(wrong):

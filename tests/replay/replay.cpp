@@ -79,10 +79,6 @@ struct Record {
     return true;
   }
 
-  void argument(int* value) {  // the only int of an op is its number of threads
-    const int64_t recorded = number<int64_t>();
-    *value = threads ? threads : static_cast<int>(recorded);
-  }
   void argument(int64_t* value) { *value = number<int64_t>(); }
   void argument(bool* value) { *value = number<int64_t>() != 0; }
   void argument(double* value) { *value = number<double>(); }
@@ -105,12 +101,6 @@ struct Record {
     for (int t = 0; t < tables->count; ++t) tables->weight[t] = number<double>();
   }
 
-  template <class... Args>
-  Error make(Error (*function)(Args...) noexcept) {
-    std::tuple<Args...> arguments;
-    std::apply([&](Args&... each) { (argument(&each), ...); }, arguments);
-    return std::apply(function, arguments);
-  }
   // Scratch of exactly the bytes that were counted, full of NaN.
   template <class... Args>
   Error make(Error (*function)(Call&, Args...) noexcept) {
@@ -119,13 +109,19 @@ struct Record {
     const auto run = [&](Call& call) {
       return std::apply([&](Args&... each) { return function(call, each...); }, arguments);
     };
+    const int recorded = static_cast<int>(number<int64_t>());
     Call call = {};
+    call.threads = threads ? threads : recorded;
+    call.device = -1;
     call.counting = true;
     if (const Error error = run(call)) return error;
     void* scratch = nullptr;
     if (posix_memalign(&scratch, 64, call.taken)) fail("no memory");
     std::memset(scratch, -1, call.taken);
-    call = {static_cast<char*>(scratch), call.taken, 0, false, 0, 0};
+    call.scratch = static_cast<char*>(scratch);
+    call.size = call.taken;
+    call.taken = 0;
+    call.counting = false;
     run(call);
     std::free(scratch);
     counts[0] = call.ids_outside;

@@ -154,10 +154,10 @@ def warn_about_rows(op: str, *xs: torch.Tensor) -> None:
     """The kernels' warning about rows that are not finite, for the twins; on the CPU, where it costs no synchronisation."""
     if xs[0].device.type == "cpu" and not torch.compiler.is_compiling():
         bad = sum((~x.detach().isfinite().all(-1)).long() for x in xs)
-        warn_non_finite(op, (bad > 0).sum().reshape(1))
+        warn_non_finite(op, int((bad > 0).sum()))
 
 
 def ids_in_range(op: str, indices: torch.Tensor, codes: int) -> None:
     """The kernels' ValueError about ids outside the table, for the twins; on the CPU only."""
     if indices.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_ids(op, ((indices < 0) | (indices >= codes)).sum(), codes)
+        check_ids(op, int(((indices < 0) | (indices >= codes)).sum()), codes)

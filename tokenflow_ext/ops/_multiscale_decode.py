@@ -3,7 +3,7 @@
 import torch
 
 from tokenflow_ext.ops._multiscale_common import cells_of, contiguous, grid_rows, norms_space, refuse_outside
-from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads
+from tokenflow_ext.ops._native import define, define_autograd, define_backward, runs_on
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -14,8 +14,9 @@ def _tables(widths, unit_codes: bool):
 def _rows(features, indices, codebook, weight, bias, grids, widths, unit_codes, ratio):
     features, indices, codebook, weight, bias = contiguous(features, indices, codebook, weight, bias)
     rows, kept = codebook.new_empty((*indices.shape, codebook.shape[1])), codebook.new_empty(indices.shape)
-    outside, _ = _C.multiscale_rows(
-        features, indices, codebook, _tables(widths, unit_codes), grid_rows(grids), weight, bias, ratio, rows, kept, threads()
+    core, where = runs_on(codebook)
+    outside, _ = core.multiscale_rows(
+        features, indices, codebook, _tables(widths, unit_codes), grid_rows(grids), weight, bias, ratio, rows, kept, *where
     )  # fmt: skip
     refuse_outside("multiscale_rows", outside, codebook.shape[0])
     return rows, kept
@@ -27,7 +28,8 @@ def _rows_fake(features, indices, codebook, weight, bias, grids, widths, unit_co
 
 def _rows_backward(kept, grad_rows, grids, height, width):
     grad_features = grad_rows.new_empty((grad_rows.shape[0], grad_rows.shape[2], height, width))
-    _C.multiscale_rows_backward(kept, grad_rows.contiguous(), grid_rows(grids), grad_features, threads())
+    core, where = runs_on(grad_rows)
+    core.multiscale_rows_backward(kept, grad_rows.contiguous(), grid_rows(grids), grad_features, *where)
     return grad_features
 
 
@@ -56,9 +58,7 @@ define_backward(
         (kept.shape[0], grad_rows.shape[2], height, width)
     ),
 )
-torch.library.register_autograd(
-    "tokenflow_ext::multiscale_rows", _rows_autograd, setup_context=_rows_setup, lib=LIBRARY
-)
+define_autograd("multiscale_rows", _rows_setup, _rows_autograd)
 
 
 def _input_rows(grids, length: int) -> int:
@@ -82,9 +82,10 @@ def _decode(indices, codebook, weight, bias, grids, height, width, widths, unit_
     out = codebook.new_empty(_decode_shape(indices, codebook, grids, height, width, as_inputs))
     code_rows = codebook.new_empty((*indices.shape, codebook.shape[1]))
     code_norms = norms_space(codebook, (*indices.shape, len(widths)), unit_codes)
-    outside, _ = _C.multiscale_decode(
+    core, where = runs_on(codebook)
+    outside, _ = core.multiscale_decode(
         indices, codebook, _tables(widths, unit_codes), grid_rows(grids), height, width, weight, bias, ratio,
-        None if as_inputs else out, out if as_inputs else None, code_rows, code_norms, threads(),
+        None if as_inputs else out, out if as_inputs else None, code_rows, code_norms, *where,
     )  # fmt: skip
     refuse_outside("multiscale_inputs" if as_inputs else "multiscale_decode", outside, codebook.shape[0])
     return out, code_rows, code_norms
@@ -104,9 +105,10 @@ def _decode_backward(
     indices, grad, weight, bias = contiguous(indices, grad, weight, bias)
     grad_codebook = code_rows.new_empty((codes, code_rows.shape[2]))
     grad_phi = (None, None) if weight is None else (torch.empty_like(weight), torch.empty_like(bias))
-    _C.multiscale_decode_backward(
+    core, where = runs_on(code_rows)
+    core.multiscale_decode_backward(
         indices, code_rows, code_norms, None if as_inputs else grad, grad if as_inputs else None,
-        _tables(widths, unit_codes), grid_rows(grids), height, width, weight, bias, ratio, grad_codebook, *grad_phi, threads(),
+        _tables(widths, unit_codes), grid_rows(grids), height, width, weight, bias, ratio, grad_codebook, *grad_phi, *where,
     )  # fmt: skip
     return grad_codebook, *(code_rows.new_empty(0) if g is None else g for g in grad_phi)
 
@@ -151,9 +153,7 @@ define_backward(
     _decode_backward,
     _decode_backward_fake,
 )
-torch.library.register_autograd(
-    "tokenflow_ext::multiscale_decode", _decode_autograd, setup_context=_decode_setup, lib=LIBRARY
-)
+define_autograd("multiscale_decode", _decode_setup, _decode_autograd)
 
 
 def _chain(indices, codebook, grids, widths, unit_codes, refine):
@@ -161,8 +161,9 @@ def _chain(indices, codebook, grids, widths, unit_codes, refine):
     inputs = codebook.new_empty((indices.shape[0], _input_rows(grids, indices.shape[1]), codebook.shape[1]))
     code_rows = codebook.new_empty((*indices.shape, codebook.shape[1]))
     code_norms = norms_space(codebook, (*indices.shape, len(widths)), unit_codes)
-    outside, _ = _C.multiscale_chain(
-        indices, codebook, _tables(widths, unit_codes), grid_rows(grids), refine, inputs, code_rows, code_norms, threads()
+    core, where = runs_on(codebook)
+    outside, _ = core.multiscale_chain(
+        indices, codebook, _tables(widths, unit_codes), grid_rows(grids), refine, inputs, code_rows, code_norms, *where
     )  # fmt: skip
     refuse_outside("multiscale_inputs", outside, codebook.shape[0])
     return inputs, code_rows, code_norms
@@ -179,9 +180,10 @@ def _chain_fake(indices, codebook, grids, widths, unit_codes, refine):
 def _chain_backward(indices, code_rows, code_norms, grad_inputs, codes, grids, widths, unit_codes, refine):
     indices, grad_inputs = contiguous(indices, grad_inputs)
     grad_codebook = code_rows.new_empty((codes, code_rows.shape[2]))
-    _C.multiscale_chain_backward(
+    core, where = runs_on(code_rows)
+    core.multiscale_chain_backward(
         indices, code_rows, code_norms, grad_inputs, _tables(widths, unit_codes), grid_rows(grids), refine, grad_codebook,
-        threads(),
+        *where,
     )  # fmt: skip
     return grad_codebook
 
@@ -206,6 +208,4 @@ define_backward(
     _chain_backward,
     lambda indices, code_rows, code_norms, grad_inputs, codes, *_: code_rows.new_empty((codes, code_rows.shape[2])),
 )
-torch.library.register_autograd(
-    "tokenflow_ext::multiscale_chain", _chain_autograd, setup_context=_chain_setup, lib=LIBRARY
-)
+define_autograd("multiscale_chain", _chain_setup, _chain_autograd)

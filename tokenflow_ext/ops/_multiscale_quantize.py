@@ -3,7 +3,7 @@
 import torch
 
 from tokenflow_ext.ops._multiscale_common import cells_of, contiguous, grid_rows, norms_space
-from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, warn_non_finite
+from tokenflow_ext.ops._native import define, define_autograd, define_backward, runs_on, warn_non_finite
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -15,16 +15,17 @@ def _quantize(
     batch, channels = features.shape[:2]
     length = sum(cells_of(grids))
     quantized, loss = torch.empty_like(features), codebook.new_empty(())
-    indices = torch.empty((batch, length), dtype=torch.int64)
+    indices = features.new_empty((batch, length), dtype=torch.int64)
     kept = None, None, None
     if keep:
         norms = norms_space(codebook, (batch, length, len(widths)), unit_codes)
         kept = codebook.new_empty((batch, length, channels)), codebook.new_empty((batch, length, channels)), norms
-    _, bad = _C.multiscale_quantize(
+    core, where = runs_on(features)
+    _, bad = core.multiscale_quantize(
         features, codebook, tables_of(widths, weights, metric, unit_codes), grid_rows(grids), weight, bias, ratio, accumulated,
-        commitment_weight + codebook_weight, quantized, indices, loss, *kept, threads(),
+        commitment_weight + codebook_weight, quantized, indices, loss, *kept, *where,
     )  # fmt: skip
-    warn_non_finite("multiscale_quantize", (bad,))
+    warn_non_finite("multiscale_quantize", bad)
     return quantized, indices, loss, *(kept if keep else (codebook.new_empty(0) for _ in kept))
 
 
@@ -52,10 +53,11 @@ def _quantize_backward(
     grad_features = torch.empty_like(features) if wants_features else None
     grad_codebook = empty((codes, features.shape[1])) if wants_codebook else None
     grad_phi = (torch.empty_like(weight), torch.empty_like(bias)) if wants_phi else (None, None)
-    _C.multiscale_quantize_backward(
+    core, where = runs_on(features)
+    core.multiscale_quantize_backward(
         features, indices, rows, code_rows, code_norms, grad_quantized, grad_loss,
         tables_of(widths, [1.0] * len(widths), metric, unit_codes), grid_rows(grids), weight, bias, ratio, accumulated,
-        commitment_weight, codebook_weight, grad_features, grad_codebook, *grad_phi, threads(),
+        commitment_weight, codebook_weight, grad_features, grad_codebook, *grad_phi, *where,
     )  # fmt: skip
     return (
         grad_features if wants_features else features.new_empty(0),
@@ -116,6 +118,4 @@ define_backward(
     _quantize_backward,
     _quantize_backward_fake,
 )
-torch.library.register_autograd(
-    "tokenflow_ext::multiscale_quantize", _quantize_autograd, setup_context=_quantize_setup, lib=LIBRARY
-)
+define_autograd("multiscale_quantize", _quantize_setup, _quantize_autograd)

@@ -1,6 +1,7 @@
 """The door to the native core: loading it, handing tensors over, choosing the backend."""
 
 import os
+import threading
 import warnings
 
 import torch
@@ -15,15 +16,31 @@ else:
         torch.Tensor,
         getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         torch.utils.dlpack.to_dlpack,
-        lambda size: torch.empty(-(-size // 8), dtype=torch.int64),
+        lambda size, device: torch.empty(-(-size // 8), dtype=torch.int64, device="cpu" if device < 0 else device),
     )
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-BACKENDS = ("auto", "native", "reference")
-_CPU = torch.device("cpu")
+BACKENDS = ["auto", "native", "reference"]
+KERNELS = {
+    "shared_nearest_code": ["nearest_code"],
+    "lookup": ["lookup", "lookup_backward"],
+    "normalize_rows": ["normalize_rows", "normalize_rows_backward"],
+    "quantize": ["quantize", "quantize_backward", "code_statistics"],
+    "entropy_loss": ["nearest_code", "entropy_loss", "entropy_loss_backward"],
+    "soft_quantize": ["nearest_code", "lookup", "lookup_backward", "soft_quantize_backward"],
+    "ema_update_": ["ema_update"],
+    "multiscale_quantize": ["multiscale_quantize", "multiscale_quantize_backward"],
+    "multiscale_rows": ["multiscale_rows", "multiscale_rows_backward"],
+    "multiscale_decode": ["multiscale_decode", "multiscale_decode_backward"],
+    "multiscale_inputs": [f"multiscale_{name}{end}" for name in ("decode", "chain") for end in ("", "_backward")],
+}
+KERNELS["shared_lookup"], KERNELS["shared_quantize"] = KERNELS["lookup"], KERNELS["quantize"]
+"""What a function runs, where it is more than the kernel of its name."""
 
 _forked = False
 _warned = set()
+_counts = {}  # by ordinal of the CUDA device; -1: emulated
+_emulator = None
 LIBRARY = torch.library.Library("tokenflow_ext", "DEF")
 
 
@@ -41,9 +58,65 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def view(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor itself: the core reads tensors (csrc/tensors.h), and an argument lives as long as its call."""
-    return tensor
+def runs_on(tensor: torch.Tensor):
+    """(core, where): the core that computes where the tensor is, and the last arguments of its ops.
+
+    These are the threads of the CPU; or a CUDA device's ordinal, its current stream, and the two int64 on the device to which
+    kernels add what they may not raise or warn about: ids outside their table, rows that are not finite.
+    """
+    if tensor.is_cpu:
+        if _emulator is not None and _asked.emulated:
+            return _emulator, (-1, 0, counts(-1))
+        return _C, (threads(),)
+    device = tensor.get_device()
+    return _C.cuda, (device, torch._C._cuda_getCurrentRawStream(device), counts(device))
+
+
+def counts(device: int) -> torch.Tensor:
+    """The two counts of a CUDA device, always at the same address, so that graphs may hold it."""
+    if device not in _counts:
+        _counts[device] = torch.zeros(2, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
+    return _counts[device]
+
+
+def quietly(where: tuple) -> tuple:
+    """`where`, for a kernel that reads rows of which another one has counted those that are not finite."""
+    return where if len(where) == 1 else (*where[:2], None)
+
+
+def tell_counts(device: torch.device) -> None:
+    """Warns about what CUDA kernels counted since this was asked last; the only place that waits for the device."""
+    index = -1 if device.type == "cpu" else device.index
+    if index not in _counts:
+        return
+    outside, bad = _counts[index].tolist()
+    _counts[index].zero_()
+    if outside:
+        warnings.warn(
+            f"tokenflow_ext: {outside} ids lay outside their tables; they were read as NaN and sent no gradient",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    warn_non_finite("tokenflow_ext", bad)
+
+
+class _Asked(threading.local):
+    """Whether this thread's last call asked for the emulated core."""
+
+    emulated = False
+
+
+_asked = _Asked()
+
+
+def register_core(name: str, module) -> None:
+    """For tests: `backend=name` runs CPU tensors on `module`, which has CUDA's ops, and the backward that follows too.
+
+    Ops of torch.ops.tokenflow_ext that are called without one of our functions go where the thread's last call went.
+    """
+    global _emulator
+    _emulator = module
+    BACKENDS[3:] = [name]
 
 
 def real(*tensors: torch.Tensor) -> torch.dtype:
@@ -64,37 +137,40 @@ def constant(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def use_native(op: str, backend: str, device: torch.device) -> bool:
+def use_native(op: str, backend: str, *tensors: torch.Tensor) -> bool:
     """Whether the kernel runs (True) or the twin in `tokenflow_ext.reference` (False).
 
     Args:
-        op: name for the sentences.
+        op: name of the function.
         backend: "auto", "native" or "reference"; "auto" gives way to TOKENFLOW_BACKEND.
-        device: where the tensors are.
+        tensors: all on one device; their types decide what is computed in.
 
     Raises:
         ValueError: an unknown backend.
-        RuntimeError: "native" where no kernel was built for the device.
+        RuntimeError: "native" where no kernel was built for the device or for the type.
     """
     if backend == "auto":
         backend = os.environ.get("TOKENFLOW_BACKEND") or "auto"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
+    if _emulator is not None:
+        _asked.emulated = backend == BACKENDS[-1]
     if backend == "reference":
         return False
-    if _C is not None and (device == _CPU or device.type == "cpu"):
+    if _C is None:
+        missing = f"the native core could not be loaded ({_why})"
+    elif tensors[0].is_cpu and (_emulator is None or not _asked.emulated):
         return True
-    missing = (
-        f"no kernel was built for {device.type} tensors"
-        if _C is not None
-        else f"the native core could not be loaded ({_why})"
-    )
-    if backend == "native":
+    else:
+        missing = _missing(op, tensors)
+        if missing is None:
+            return True
+    if backend != "auto":
         raise RuntimeError(
-            f"{op}: backend: wanted native, but {missing}; rebuild with `pip install .` in the source tree"
+            f"{op}: backend: wanted {backend}, but {missing}; rebuild with `pip install .` in the source tree"
         )
-    if device.type not in _warned:
-        _warned.add(device.type)
+    if missing not in _warned:
+        _warned.add(missing)
         warnings.warn(
             f"tokenflow_ext: {missing}; using the PyTorch reference, which is slower and builds N x K matrices",
             stacklevel=3,
@@ -102,19 +178,32 @@ def use_native(op: str, backend: str, device: torch.device) -> bool:
     return False
 
 
-def define(schema: str, cpu, fake) -> torch._ops.OpOverload:
-    """Registers one operator of torch.ops.tokenflow_ext, its schema, its CPU kernel and its shapes, and returns it."""
+def _missing(op: str, tensors) -> str | None:
+    """What a core for CUDA lacks to run the function on these tensors."""
+    device = tensors[0].device.type
+    core = _emulator if device == "cpu" else getattr(_C, "cuda", None) if device == "cuda" else None
+    if core is None:
+        return f"no kernel was built for {device} tensors"
+    if real(*tensors) == torch.float64:
+        return f"no kernel for {device} tensors computes in float64"
+    lacks = [name for name in KERNELS.get(op, [op]) if not hasattr(core, name)]
+    return f"{', '.join(lacks)} was not built for {device} tensors" if lacks else None
+
+
+def define(schema: str, kernel, fake) -> torch._ops.OpOverload:
+    """Registers one operator of torch.ops.tokenflow_ext, its schema, its kernel for every core and its shapes, and returns it."""
     name = schema.split("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, cpu, "CPU")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"tokenflow_ext::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.tokenflow_ext, name).default
 
 
-def define_backward(schema: str, cpu, fake) -> torch._ops.OpOverload:
+def define_backward(schema: str, kernel, fake) -> torch._ops.OpOverload:
     """Registers the closed-form backward of an operator; asking for its own derivative is an error, not a zero."""
     name = schema.split("(")[0]
-    op = define(schema, cpu, fake)
+    op = define(schema, kernel, fake)
 
     def twice(ctx, *grads):
         raise RuntimeError(
@@ -125,9 +214,27 @@ def define_backward(schema: str, cpu, fake) -> torch._ops.OpOverload:
     return op
 
 
-def warn_non_finite(op: str, status: torch.Tensor | int) -> None:
+def define_autograd(name: str, setup, backward) -> None:
+    """Joins an operator and its backward, which runs on the core that its forward ran on."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.emulated = _emulator is not None and _asked.emulated
+        setup(ctx, inputs, output)
+
+    def followed(ctx, *grads):
+        if _emulator is None or ctx.emulated == _asked.emulated:
+            return backward(ctx, *grads)
+        _asked.emulated = ctx.emulated
+        try:
+            return backward(ctx, *grads)
+        finally:
+            _asked.emulated = not ctx.emulated
+
+    torch.library.register_autograd(f"tokenflow_ext::{name}", followed, setup_context=setup_context, lib=LIBRARY)
+
+
+def warn_non_finite(op: str, count: int) -> None:
     """One warning where a kernel counted rows that are not finite."""
-    count = status if isinstance(status, int) else int(status[-1])
     if count:
         warnings.warn(
             f"{op}: {count} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics and gradients",
@@ -136,10 +243,10 @@ def warn_non_finite(op: str, status: torch.Tensor | int) -> None:
         )
 
 
-def check_ids(op: str, outside: torch.Tensor, codes: int) -> None:
+def check_ids(op: str, outside: int, codes: int) -> None:
     """ValueError where a kernel counted ids outside the table."""
-    if int(outside):
-        raise ValueError(f"{op}: indices: wanted ids in [0, {codes}), got {int(outside)} outside")
+    if outside:
+        raise ValueError(f"{op}: indices: wanted ids in [0, {codes}), got {outside} outside")
 
 
 def build_info() -> dict:

@@ -4,22 +4,19 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, real, threads, use_native, view
-from tokenflow_ext.ops._softmax import best_codes, left_out, softmax_space
+from tokenflow_ext.ops._native import define, define_autograd, define_backward, real, runs_on, use_native
+from tokenflow_ext.ops._softmax import best_codes, left_out
 from tokenflow_ext.ops.normalize import normalize_rows
 
 
 def _entropy_loss(x, codebook, good, eps):
     x, codebook = x.contiguous(), codebook.contiguous()
-    rows, groups, channels = x.shape
+    rows, groups, _ = x.shape
     ids = best_codes("entropy_loss", x, codebook, good)
     losses, log_totals, entropies = x.new_empty(2), x.new_empty((groups, rows)), x.new_empty((groups, rows))
     means = x.new_empty(codebook.shape[:2])
-    space, mask = softmax_space(codebook, 0, False)
-    _C.entropy_loss(
-        view(x), view(codebook), view(ids), eps, view(space), view(mask),
-        view(losses), view(log_totals), view(entropies), view(means), threads(),
-    )  # fmt: skip
+    core, where = runs_on(x)
+    core.entropy_loss(x, codebook, ids, eps, losses, log_totals, entropies, means, *where)
     return losses, ids, log_totals, entropies, means
 
 
@@ -40,11 +37,10 @@ def _entropy_loss_backward(
     x, codebook, grad_losses = x.contiguous(), codebook.contiguous(), grad_losses.contiguous()
     grad_x = torch.empty_like(x) if wants_x else None
     grad_codebook = torch.empty_like(codebook) if wants_codebook else None
-    space, mask = softmax_space(codebook, 0, True)
-    _C.entropy_loss_backward(
-        view(x), view(codebook), view(ids), eps, view(space), view(mask), view(log_totals), view(entropies), view(means),
-        view(grad_losses), view(grad_x), view(grad_codebook), threads(),
-    )  # fmt: skip
+    core, where = runs_on(x)
+    core.entropy_loss_backward(
+        x, codebook, ids, eps, log_totals, entropies, means, grad_losses, grad_x, grad_codebook, *where
+    )
     return grad_x if wants_x else x.new_empty(0), grad_codebook if wants_codebook else x.new_empty(0)
 
 
@@ -82,21 +78,21 @@ define_backward(
     _entropy_loss_backward,
     _entropy_loss_backward_fake,
 )
-torch.library.register_autograd("tokenflow_ext::entropy_loss", _backward, setup_context=_setup, lib=LIBRARY)
+define_autograd("entropy_loss", _setup, _backward)
 
 
-def _searched(parts, metric: str) -> list[torch.Tensor]:
-    return [normalize_rows(part, backend="native") for part in parts] if metric == "cosine" else list(parts)
+def _searched(parts, metric: str, backend: str) -> list[torch.Tensor]:
+    return [normalize_rows(part, backend=backend) for part in parts] if metric == "cosine" else list(parts)
 
 
-def _logit_factors(xs, codebooks, metric: str, weights, temperature: float):
+def _logit_factors(xs, codebooks, metric: str, weights, temperature: float, backend: str):
     """Rows [N, G, C], codes [G, K, C] and good [N, G] whose products are the logits -distance / temperature.
 
     Constants of a row cancel in the softmax. What l2 needs of a code alone is one channel more.
     """
     codebooks, intact = left_out(*codebooks)
     xs, good = left_out(*xs)
-    y, q = _searched(xs, metric), _searched(codebooks, metric)
+    y, q = _searched(xs, metric, backend), _searched(codebooks, metric, backend)
     factors = [weight * (1.0 if metric == "dot" else 2.0) / temperature for weight in weights]
     rows = [part * factor for part, factor in zip(y, factors)]
     if metric == "l2":
@@ -154,7 +150,7 @@ def entropy_loss(
     temperature, eps = _check.number(op, "temperature", temperature), _check.non_negative(op, "eps", eps)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"{op}: temperature: wanted a finite number > 0, got {temperature}")
-    if not use_native(op, backend, xs[0].device):
+    if not use_native(op, backend, *xs, *codebooks):
         _check.warn_about_rows(op, *xs)
         return reference.entropy_loss(x, codebook, metric=metric, temperature=temperature, weights=weights, eps=eps)
     dtype = real(*xs, *codebooks)
@@ -163,6 +159,6 @@ def entropy_loss(
         codebooks = [part.to(dtype)[None] for part in codebooks]
     else:
         xs, codebooks = [xs[0].to(dtype)], [codebooks[0].to(dtype)]
-    factors = _logit_factors(xs, codebooks, metric, weights or [1.0], temperature)
+    factors = _logit_factors(xs, codebooks, metric, weights or [1.0], temperature, backend)
     first, second = torch.ops.tokenflow_ext.entropy_loss(*factors, eps)[0].unbind()
     return first, second

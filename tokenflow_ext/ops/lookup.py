@@ -4,27 +4,23 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import _C, LIBRARY, check_ids, define, define_backward, threads, use_native, view
-from tokenflow_ext.ops._sums import sum_space
+from tokenflow_ext.ops._native import check_ids, define, define_autograd, define_backward, runs_on, use_native
 
 
 def _lookup(indices, codebook):
     indices, codebook = indices.contiguous(), codebook.contiguous()
     rows = codebook.new_empty((*indices.shape, codebook.shape[2]))
-    status = torch.empty(1, dtype=torch.int64)
-    _C.lookup(view(indices), view(codebook), view(rows), view(status), threads())
-    check_ids("lookup", status[0], codebook.shape[1])
+    core, where = runs_on(codebook)
+    outside, _ = core.lookup(indices, codebook, rows, *where)
+    check_ids("lookup", outside, codebook.shape[1])
     return rows
 
 
 def _lookup_backward(indices, grad_rows, codes):
     indices, grad_rows = indices.contiguous(), grad_rows.contiguous()
-    count, groups, channels = grad_rows.shape
-    grad = grad_rows.new_empty((groups, codes, channels))
-    members, starts, sums = sum_space(count, groups, codes, channels)
-    _C.lookup_backward(
-        view(indices), view(grad_rows), view(members), view(starts), view(sums), view(grad)
-    )  # fmt: skip
+    grad = grad_rows.new_empty((grad_rows.shape[1], codes, grad_rows.shape[2]))
+    core, where = runs_on(grad_rows)
+    core.lookup_backward(indices, grad_rows, grad, *where)
     return grad
 
 
@@ -47,7 +43,7 @@ define_backward(
     _lookup_backward,
     lambda indices, grad_rows, codes: grad_rows.new_empty((grad_rows.shape[1], codes, grad_rows.shape[2])),
 )
-torch.library.register_autograd("tokenflow_ext::lookup", _backward, setup_context=_setup, lib=LIBRARY)
+define_autograd("lookup", _setup, _backward)
 
 
 def lookup(indices: torch.Tensor, codebook: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -83,7 +79,7 @@ def lookup(indices: torch.Tensor, codebook: torch.Tensor, *, backend: str = "aut
 
 
 def _gather(op: str, indices: torch.Tensor, codebook: torch.Tensor, groups: int, backend: str) -> torch.Tensor:
-    if not use_native(op, backend, indices.device):
+    if not use_native(op, backend, indices, codebook):
         _check.ids_in_range(op, indices, codebook.shape[-2])
         return reference.lookup(indices, codebook)
     flat = indices.reshape(_check.count(indices.shape) // groups, groups)

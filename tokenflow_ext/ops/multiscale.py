@@ -93,7 +93,7 @@ def quantize_with_rows(
     )
     commitment_weight = _check.non_negative(op, "commitment_weight", commitment_weight)
     codebook_weight = _check.non_negative(op, "codebook_weight", codebook_weight)
-    if not use_native(op, backend, features.device):
+    if not use_native(op, backend, features, *codebooks):
         options = {"scales": scales, "metric": metric, "weights": made.weights, "phi": phi, "loss_on": loss_on}
         options = {**options, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
         out = reference.multiscale_quantize(features, codebooks, **options, normalize_codes=normalize_codes)
@@ -168,7 +168,7 @@ def multiscale_rows(
     check.prefix(op, indices, made, codebooks, whole=True)
     if indices.shape[0] != features.shape[0]:
         raise ValueError(f"{op}: indices: wanted {features.shape[0]} rows, as many as features, got {indices.shape[0]}")
-    if not use_native(op, backend, features.device):
+    if not use_native(op, backend, features, *codebooks):
         check.values_of_ids(op, indices, made, len(codebooks[0]))
         return reference.multiscale_rows(
             features, indices, codebooks, scales=scales, metric=metric, phi=phi,
@@ -219,7 +219,7 @@ def multiscale_decode(
     op = "multiscale_decode"
     made = check.setup(op, codebooks, scales, size, metric, phi, normalize_codes)
     check.prefix(op, indices, made, codebooks)
-    if not use_native(op, backend, indices.device):
+    if not use_native(op, backend, indices, *codebooks):
         check.values_of_ids(op, indices, made, len(codebooks[0]))
         return reference.multiscale_decode(
             indices, codebooks, scales=scales, size=size, metric=metric, phi=phi,
@@ -297,7 +297,7 @@ def multiscale_inputs(
         raise ValueError(
             f"{op}: refine: wanted a scale in 2..{p} that has ids, with rule='chain', got {refine} with rule={rule!r}"
         )
-    if not use_native(op, backend, indices.device):
+    if not use_native(op, backend, indices, *codebooks):
         check.values_of_ids(op, indices, made, len(codebooks[0]))
         return reference.multiscale_inputs(
             indices, codebooks, scales=scales, size=size, rule=rule,

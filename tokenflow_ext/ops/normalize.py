@@ -4,20 +4,22 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, threads, use_native, view
+from tokenflow_ext.ops._native import define, define_autograd, define_backward, runs_on, use_native
 
 
 def _normalize_rows(x):
     x = x.contiguous()
     y = torch.empty_like(x)
-    _C.normalize_rows(view(x), view(y), threads())
+    core, where = runs_on(x)
+    core.normalize_rows(x, y, *where)
     return y
 
 
 def _normalize_rows_backward(x, grad_y):
     x, grad_y = x.contiguous(), grad_y.contiguous()
     grad_x = torch.empty_like(x)
-    _C.normalize_rows_backward(view(x), view(grad_y), view(grad_x), threads())
+    core, where = runs_on(x)
+    core.normalize_rows_backward(x, grad_y, grad_x, *where)
     return grad_x
 
 
@@ -27,11 +29,10 @@ define_backward(
     _normalize_rows_backward,
     lambda x, grad_y: x.new_empty(x.shape),
 )
-torch.library.register_autograd(
-    "tokenflow_ext::normalize_rows",
+define_autograd(
+    "normalize_rows",
+    lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
     lambda ctx, grad: torch.ops.tokenflow_ext.normalize_rows_backward(ctx.saved_tensors[0], grad),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
-    lib=LIBRARY,
 )
 
 
@@ -59,7 +60,7 @@ def normalize_rows(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     _check.floating("normalize_rows", "x", x)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"normalize_rows: x: wanted [..., D] with D >= 1, got {list(x.shape)}")
-    if not use_native("normalize_rows", backend, x.device):
+    if not use_native("normalize_rows", backend, x):
         return reference.normalize_rows(x)
     rows = x.reshape(_check.count(x.shape[:-1]), x.shape[-1])
     return torch.ops.tokenflow_ext.normalize_rows(rows).reshape(x.shape)

@@ -6,18 +6,16 @@ from tokenflow_ext import reference
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import (
-    _C,
-    LIBRARY,
     define,
+    define_autograd,
     define_backward,
+    quietly,
     real,
-    threads,
+    runs_on,
     use_native,
-    view,
     warn_non_finite,
 )
-from tokenflow_ext.ops._sums import sum_space
-from tokenflow_ext.ops.search import concatenate, search_space, tables_of
+from tokenflow_ext.ops.search import concatenate, tables_of
 
 # What a training step asks for beside the result: nothing, the rows of every code, or those and their sums.
 NOTHING, HITS, SUMS = 0, 1, 2
@@ -27,44 +25,27 @@ def _quantize(
     x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward, statistics=NOTHING
 ):  # fmt: skip
     x, codebook = x.contiguous(), codebook.contiguous()
-    rows, groups, channels = x.shape
+    rows, groups, _ = x.shape
     quantized = torch.empty_like(x)
-    indices = torch.empty((rows, groups), dtype=torch.int64)
-    loss, status = codebook.new_empty(()), torch.empty(1, dtype=torch.int64)
+    indices = x.new_empty((rows, groups), dtype=torch.int64)
+    loss = codebook.new_empty(())
     # What backward reads: never the codebook, which an EMA may have moved by then, nor the output, which is the user's.
     code_rows = codebook.new_empty(x.shape) if for_backward else None
     code_norms = codebook.new_empty((rows, groups, len(widths))) if for_backward and metric == "cosine" else None
-    searched, staged = codebook.new_empty(x.shape), codebook.new_empty((rows, channels))
-    workspace = search_space(rows, codebook.shape[1], channels, codebook.dtype)
-    partial = torch.empty((groups, -(-rows // 8)), dtype=torch.float64)
-    _C.quantize(
-        view(x), view(codebook), tables_of(widths, weights, metric), commitment_weight + codebook_weight,
-        view(searched), view(staged), view(workspace), view(partial), view(quantized), view(indices), view(loss),
-        view(code_rows), view(code_norms), view(status), threads(),
+    searched = codebook.new_empty(x.shape) if statistics == SUMS else None
+    core, where = runs_on(x)
+    _, bad = core.quantize(
+        x, codebook, tables_of(widths, weights, metric), commitment_weight + codebook_weight, quantized, indices, loss,
+        searched, code_rows, code_norms, *where,
     )  # fmt: skip
-    warn_non_finite("quantize", status)
-    counts, sums = _statistics(searched, indices, codebook.shape[1], statistics, int(status))
+    warn_non_finite("quantize", bad)
+    counts = codebook.new_empty(codebook.shape[:2]) if statistics != NOTHING else None
+    sums = torch.empty_like(codebook) if statistics == SUMS else None
+    if statistics != NOTHING:
+        core.code_statistics(x if sums is None else searched, indices, counts, sums, *quietly(where))
     # Each output needs storage of its own, empty ones too.
     kept = (codebook.new_empty(0) if t is None else t for t in (code_rows, code_norms, counts, sums))
     return quantized, indices, loss, *kept
-
-
-def _statistics(searched, indices, codes, statistics, left_out):
-    """counts [G, K] and sums [G, K, C] of the rows as searched, `left_out` of which are not finite; None where not wanted."""
-    rows, groups, channels = searched.shape
-    if statistics == NOTHING:
-        return None, None
-    if statistics == HITS:
-        ids = indices if groups == 1 else indices + torch.arange(groups) * codes
-        ids = ids.reshape(-1) if left_out == 0 else ids[searched.isfinite().all(-1)]
-        return torch.bincount(ids, minlength=groups * codes).view(groups, codes).to(searched.dtype), None
-    counts, sums = searched.new_empty((groups, codes)), searched.new_empty((groups, codes, channels))
-    space = sum_space(rows, groups, codes, channels)
-    status = torch.empty(2, dtype=torch.int64)
-    _C.code_statistics(
-        view(searched), view(indices), *(view(t) for t in space), view(counts), view(sums), view(status)
-    )  # fmt: skip
-    return counts, sums
 
 
 def _quantize_fake(
@@ -87,22 +68,14 @@ def _quantize_backward(
     wants_x, wants_codebook,
 ):  # fmt: skip
     x = x.contiguous()
-    rows, groups, channels = x.shape
     grad_quantized = grad_quantized.contiguous() if grad_quantized is not None else None
     grad_loss = grad_loss.contiguous() if grad_loss is not None else None
     grad_x = torch.empty_like(x) if wants_x else None
-    grad_codebook = code_rows.new_empty((groups, codes, channels)) if wants_codebook else None
-    spare = code_rows.new_empty((threads(), 2, 8, channels))
-    gaps = keys = members = starts = sums = None
-    if wants_codebook:
-        gaps = code_rows.new_empty((rows, groups, channels))
-        keys = torch.empty((rows, groups), dtype=torch.int64)
-        members, starts, sums = sum_space(rows, groups, codes, channels)
-    _C.quantize_backward(
-        view(x), view(code_rows), view(code_norms), view(indices), view(grad_quantized), view(grad_loss),
-        tables_of(widths, [1.0] * len(widths), metric), commitment_weight, codebook_weight,
-        view(spare), view(gaps), view(keys), view(members), view(starts), view(sums), view(grad_x), view(grad_codebook),
-        threads(),
+    grad_codebook = code_rows.new_empty((x.shape[1], codes, x.shape[2])) if wants_codebook else None
+    core, where = runs_on(x)
+    core.quantize_backward(
+        x, code_rows, code_norms, indices, grad_quantized, grad_loss, tables_of(widths, [1.0] * len(widths), metric),
+        commitment_weight, codebook_weight, grad_x, grad_codebook, *where,
     )  # fmt: skip
     return grad_x if wants_x else x.new_empty(0), grad_codebook if wants_codebook else x.new_empty(0)
 
@@ -151,7 +124,7 @@ define_backward(
     _quantize_backward,
     _quantize_backward_fake,
 )
-torch.library.register_autograd("tokenflow_ext::quantize", _backward, setup_context=_setup, lib=LIBRARY)
+define_autograd("quantize", _setup, _backward)
 
 
 def _call(x, codebook, *options, statistics):
@@ -211,7 +184,7 @@ def quantize_and_count(x, codebook, statistics, *, metric, commitment_weight, co
     commitment_weight = _check.non_negative("quantize", "commitment_weight", commitment_weight)
     codebook_weight = _check.non_negative("quantize", "codebook_weight", codebook_weight)
     options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
-    if not use_native("quantize", backend, x.device):
+    if not use_native("quantize", backend, x, codebook):
         _check.warn_about_rows("quantize", rows)
         return reference.quantize(x, codebook, **options), None, None
     table = table.to(real(x, codebook))
@@ -272,7 +245,7 @@ def shared_quantize_and_count(
     commitment_weight = _check.non_negative(op, "commitment_weight", commitment_weight)
     codebook_weight = _check.non_negative(op, "codebook_weight", codebook_weight)
     options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
-    if not use_native(op, backend, xs[0].device):
+    if not use_native(op, backend, *xs, *codebooks):
         _check.warn_about_rows(op, *xs)
         return reference.shared_quantize(xs, codebooks, weights=weights, **options), None, None
     x, codebook = concatenate(xs, codebooks)

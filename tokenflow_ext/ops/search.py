@@ -6,19 +6,13 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import _C, constant, define, in_type, real, threads, use_native, warn_non_finite
+from tokenflow_ext.ops._native import constant, define, in_type, real, runs_on, use_native, warn_non_finite
 
 
 def tables_of(widths, weights, metric, unit_codes: bool | None = None):
     """The descriptor `Tables` of csrc/common/view.h."""
     unit = metric == "cosine"
     return list(widths), list(weights), metric == "l2", unit, unit if unit_codes is None else unit_codes
-
-
-def search_space(rows: int, codes: int, channels: int, dtype: torch.dtype, *, topk: int = 1) -> torch.Tensor:
-    """Workspace of one search: the packed codebook, once more in 8 bits where the scan is certified, and tables of minima."""
-    wide = dtype == torch.float64
-    return torch.empty(_C.search_bytes(rows, topk, codes, channels, wide, threads()), dtype=torch.uint8)
 
 
 def _nearest_code(x, codebook, metric, topk=1, window=None, with_scores=False, widths=None, weights=None):
@@ -29,7 +23,8 @@ def _nearest_code(x, codebook, metric, topk=1, window=None, with_scores=False, w
     scores = codebook.new_empty(shape) if with_scores or topk > 64 else None
     tables = tables_of(widths or x.shape[-1:], weights or (1.0,), metric)
     lo, hi = window or (0, codebook.shape[-2])
-    _, bad = _C.nearest_code(x, codebook, tables, topk, lo, hi, indices, scores, threads())
+    core, where = runs_on(x)
+    _, bad = core.nearest_code(x, codebook, tables, topk, lo, hi, indices, scores, *where)
     warn_non_finite("nearest_code", bad)
     return [indices, scores] if with_scores else [indices]
 
@@ -92,7 +87,7 @@ def nearest_code(
     lo, hi = (0, codebook.shape[-2]) if window is None else _window(window, codebook.shape[-2])
     if not 1 <= _check.integer(op, "topk", topk) <= hi - lo:
         raise ValueError(f"{op}: topk: wanted 1 to {hi - lo} codes of the window, got {topk}")
-    if not use_native(op, backend, x.device):
+    if not use_native(op, backend, x, codebook):
         _check.warn_about_rows(op, x)
         return reference.nearest_code(x, codebook, metric=metric, topk=topk, window=window, return_scores=return_scores)
     codebook = in_type(codebook, real(x, codebook))
@@ -138,7 +133,7 @@ def shared_nearest_code(xs, codebooks, *, metric: str = "cosine", weights=None, 
     op = "shared_nearest_code"
     widths, weights = _check.shared_tables(op, xs, codebooks, weights)
     _check.metric(op, metric)
-    if not use_native(op, backend, xs[0].device):
+    if not use_native(op, backend, *xs, *codebooks):
         _check.warn_about_rows(op, *xs)
         return reference.shared_nearest_code(xs, codebooks, metric=metric, weights=weights)
     x, codebook = concatenate([constant(x) for x in xs], [constant(c) for c in codebooks])

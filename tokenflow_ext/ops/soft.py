@@ -4,8 +4,8 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import _C, LIBRARY, define, define_backward, real, threads, use_native, view
-from tokenflow_ext.ops._softmax import best_codes, left_out, softmax_space
+from tokenflow_ext.ops._native import define, define_autograd, define_backward, real, runs_on, use_native
+from tokenflow_ext.ops._softmax import best_codes, left_out
 
 
 def _soft_quantize(x, keys, values, good):
@@ -23,11 +23,8 @@ def _soft_quantize_backward(x, keys, values, ids, grad, wants_x, wants_keys):
     x, keys, values, grad = x.contiguous(), keys.contiguous(), values.contiguous(), grad.contiguous()
     grad_x = torch.empty_like(x) if wants_x else None
     grad_keys = torch.empty_like(keys) if wants_keys else None
-    space, mask = softmax_space(keys, values.shape[-1], True)
-    _C.soft_quantize_backward(
-        view(x), view(keys), view(values), view(ids), view(grad), view(space), view(mask),
-        view(grad_x), view(grad_keys), threads(),
-    )  # fmt: skip
+    core, where = runs_on(x)
+    core.soft_quantize_backward(x, keys, values, ids, grad, grad_x, grad_keys, *where)
     return grad_x if wants_x else x.new_empty(0), grad_keys if wants_keys else x.new_empty(0)
 
 
@@ -68,7 +65,7 @@ define_backward(
     _soft_quantize_backward,
     _soft_quantize_backward_fake,
 )
-torch.library.register_autograd("tokenflow_ext::soft_quantize", _backward, setup_context=_setup, lib=LIBRARY)
+define_autograd("soft_quantize", _setup, _backward)
 
 
 def soft_quantize(
@@ -129,7 +126,7 @@ def soft_quantize(
         raise ValueError(f"{op}: bias: wanted [{codes}], got {list(bias.shape)}")
     biases = [] if bias is None else [bias]
     _check.same_device(op, x=x, keys=keys, values=values, **({} if bias is None else {"bias": bias}))
-    if not use_native(op, backend, x.device):
+    if not use_native(op, backend, x, keys, values, *biases):
         _check.warn_about_rows(op, x)
         return reference.soft_quantize(x, keys, values, scale=scale, bias=bias)
     dtype = real(x, keys, values, *biases)

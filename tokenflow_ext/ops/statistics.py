@@ -4,24 +4,20 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import _C, check_ids, define, real, threads, use_native, view, warn_non_finite
-from tokenflow_ext.ops._sums import sum_space
+from tokenflow_ext.ops._native import check_ids, define, real, runs_on, use_native, warn_non_finite
 from tokenflow_ext.ops.search import tables_of
 
 
 def _code_statistics(x, indices, codes):
     x, indices = x.contiguous(), indices.contiguous()
-    rows, groups, channels = x.shape
+    _, groups, channels = x.shape
     dtype = real(x)
-    counts = torch.empty((groups, codes), dtype=dtype)
-    sums = torch.empty((groups, codes, channels), dtype=dtype)
-    members, starts, space = sum_space(rows, groups, codes, channels)
-    status = torch.empty(2, dtype=torch.int64)
-    _C.code_statistics(
-        view(x), view(indices), view(members), view(starts), view(space), view(counts), view(sums), view(status)
-    )  # fmt: skip
-    check_ids("code_statistics", status[0], codes)
-    warn_non_finite("code_statistics", status)
+    counts = x.new_empty((groups, codes), dtype=dtype)
+    sums = x.new_empty((groups, codes, channels), dtype=dtype)
+    core, where = runs_on(x)
+    outside, bad = core.code_statistics(x, indices, counts, sums, *where)
+    check_ids("code_statistics", outside, codes)
+    warn_non_finite("code_statistics", bad)
     return counts, sums
 
 
@@ -36,11 +32,8 @@ def _ema_update_(codebook, ema_counts, ema_sums, counts, sums, decay, eps, metri
     tables = tables_of([codebook.shape[2]], [1.0], metric)
     # A write through a pointer is invisible to autograd: without this a gradient that needs the old values goes wrong silently.
     torch.autograd.graph.increment_version((codebook, ema_counts, ema_sums))
-    partial = torch.empty((codebook.shape[0], 64), dtype=torch.float64)
-    _C.ema_update(
-        view(codebook), view(ema_counts), view(ema_sums), view(counts), view(sums), view(partial), tables, decay, eps,
-        normalize_mean, threads(),
-    )  # fmt: skip
+    core, where = runs_on(codebook)
+    core.ema_update(codebook, ema_counts, ema_sums, counts, sums, tables, decay, eps, normalize_mean, *where)
 
 
 define(
@@ -95,7 +88,7 @@ def code_statistics(x: torch.Tensor, indices: torch.Tensor, codes: int | tuple[i
         )
     if grouped and (x.dim() < 2 or x.shape[-2] != groups):
         raise ValueError(f"{op}: x: wanted [..., {groups}, D] for codes {tuple(codes)}, got {list(x.shape)}")
-    if not use_native(op, backend, x.device):
+    if not use_native(op, backend, x):
         _check.ids_in_range(op, indices, size)
         _check.warn_about_rows(op, x)
         return reference.code_statistics(x.detach(), indices, codes)
@@ -178,7 +171,7 @@ def ema_update_(
             raise ValueError(f"{op}: {name}: wanted a tensor without gradient, got one that requires grad")
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name}: wanted a contiguous tensor to write to, got strides {tensor.stride()}")
-    if not use_native(op, backend, codebook.device):
+    if not use_native(op, backend, codebook):
         return reference.ema_update_(
             codebook,
             ema_counts,
