@@ -13,26 +13,26 @@
 
 TOKENFLOW_BEGIN
 
-static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-static inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
-static inline float root(float a) { return __builtin_sqrtf(a); }
-static inline double root(double a) { return __builtin_sqrt(a); }
-static inline bool finite(float a) { return __builtin_fabsf(a) <= FLT_MAX; }
-static inline bool finite(double a) { return __builtin_fabs(a) <= DBL_MAX; }
+TOKENFLOW_DEVICE static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+TOKENFLOW_DEVICE static inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+TOKENFLOW_DEVICE static inline float root(float a) { return __builtin_sqrtf(a); }
+TOKENFLOW_DEVICE static inline double root(double a) { return __builtin_sqrt(a); }
+TOKENFLOW_DEVICE static inline bool finite(float a) { return __builtin_fabsf(a) <= FLT_MAX; }
+TOKENFLOW_DEVICE static inline bool finite(double a) { return __builtin_fabs(a) <= DBL_MAX; }
 
 template <class T>
 constexpr Type type_of() {
   return sizeof(T) == 4 ? kFloat32 : kFloat64;
 }
 
-static inline float from_bfloat16(uint16_t bits) {
+TOKENFLOW_DEVICE static inline float from_bfloat16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
   memcpy(&value, &wide, 4);
   return value;
 }
 
-static inline uint16_t to_bfloat16(float value) {  // round to nearest even, NaN stays NaN
+TOKENFLOW_DEVICE static inline uint16_t to_bfloat16(float value) {  // round to nearest even, NaN stays NaN
   uint32_t bits;
   memcpy(&bits, &value, 4);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -86,14 +86,14 @@ static inline void store(const View& v, int64_t offset, int64_t n, const T* in) 
 }
 
 template <class T>
-static inline bool all_finite(const T* x, int64_t n) {
+TOKENFLOW_DEVICE static inline bool all_finite(const T* x, int64_t n) {
   int bad = 0;
   for (int64_t d = 0; d < n; ++d) bad |= !finite(x[d]);
   return bad == 0;
 }
 
 template <class T>
-static inline T floored_norm(const T* x, int64_t n) {
+TOKENFLOW_DEVICE static inline T floored_norm(const T* x, int64_t n) {
   T sum = 0;
   for (int64_t d = 0; d < n; ++d) sum = fused(x[d], x[d], sum);
   const T norm = root(sum);
@@ -102,7 +102,7 @@ static inline T floored_norm(const T* x, int64_t n) {
 
 // x becomes unit per table, in place; norms [T], where wanted, get max(|x_t|, 1e-12).
 template <class T>
-static inline void make_unit(const Tables& tables, T* x, T* norms) {
+TOKENFLOW_DEVICE static inline void make_unit(const Tables& tables, T* x, T* norms) {
   for (int t = 0; t < tables.count; ++t) {
     const T norm = floored_norm(x, tables.width[t]);
     for (int64_t d = 0; d < tables.width[t]; ++d) x[d] /= norm;
@@ -111,9 +111,10 @@ static inline void make_unit(const Tables& tables, T* x, T* norms) {
   }
 }
 
-// The part of a gradient g [C] that passes y = x / max(|x|, eps), in place: (g - (g.y) y) / |x|, or g / eps at the floor.
+// The part of a gradient g [C] that passes y = x / max(|x|, eps), in place: (g - (g.y) y) / |x|, or g / eps at the
+// floor.
 template <class T>
-static inline void through_unit(const Tables& tables, const T* y, const T* norms, T* g) {
+TOKENFLOW_DEVICE static inline void through_unit(const Tables& tables, const T* y, const T* norms, T* g) {
   for (int t = 0; t < tables.count; ++t) {
     const int64_t width = tables.width[t];
     T along = 0;

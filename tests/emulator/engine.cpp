@@ -1,0 +1,288 @@
+// Launches, blocks, schedules, barriers.
+#include "engine.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <deque>
+#include <mutex>
+#include <string>
+#include <utility>
+
+namespace cuda_emulator {
+
+Thread* current;
+dim3 block_size, grid_size;
+Engine engine;
+
+static std::vector<Launch> launches;
+static std::mutex one_launch;
+
+Config& config() {
+  static Config config = [] {
+    Config read;
+    const char* const names[] = {"forward", "reverse", "threads", "warps"};
+    if (const char* schedule = getenv("CUDA_EMULATOR_SCHEDULE")) {
+      int found = -1;
+      for (int i = 0; i < 4; ++i)
+        if (!strcmp(schedule, names[i])) found = i;
+      if (found < 0) {
+        fprintf(stderr, "CUDA_EMULATOR_SCHEDULE: wanted forward, reverse, threads or warps, got %s\n", schedule);
+        abort();
+      }
+      read.schedule = static_cast<Schedule>(found);
+    }
+    if (const char* seed = getenv("CUDA_EMULATOR_SEED")) read.seed = strtoull(seed, nullptr, 10);
+    if (const char* architecture = getenv("CUDA_EMULATOR_ARCH")) read.architecture = atoi(architecture);
+    return read;
+  }();
+  return config;
+}
+
+std::vector<Launch> take_launches() {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  return std::exchange(launches, {});
+}
+
+const char* keep(const char* text) {
+  static std::deque<std::string> kept;
+  for (const std::string& known : kept)
+    if (known == text) return known.c_str();
+  return kept.emplace_back(text).c_str();
+}
+
+uint64_t next_random() {
+  uint64_t& x = engine.random;
+  x ^= x << 13;
+  x ^= x >> 7;
+  x ^= x << 17;
+  return x * 0x2545f4914f6cdd1dull >> 16;
+}
+
+void pause(bool for_good) { leave(*self().fiber, for_good); }
+
+// Where the threads of the block are, neighbours that are at one place together.
+static std::string where() {
+  std::string lines;
+  int shown = 0;
+  for (int i = 0; i < engine.threads && shown < 12; ++i) {
+    const Lane& lane = engine.lanes[i];
+    int last = i;
+    while (last + 1 < engine.threads && engine.lanes[last + 1].state == lane.state &&
+           (lane.state == kExited || engine.lanes[last + 1].site == lane.site))
+      ++last;
+    const char* const doing = lane.state == kExited      ? "exited"
+                              : lane.state == kAtBarrier ? "wait at __syncthreads"
+                              : lane.state == kInWarp    ? "wait in a warp operation"
+                                                         : "can run, last seen";
+    char line[512];
+    snprintf(line, sizeof line, "\n  threads %d-%d %s %s", i, last, doing,
+             lane.state == kExited ? ""
+             : lane.site           ? lane.site
+                                   : "at the start");
+    lines += line;
+    ++shown;
+    i = last;
+  }
+  return lines;
+}
+
+static void note(const char* what) {
+  const uint3 block = engine.lanes[0].block;
+  char head[1024];
+  snprintf(head, sizeof head, "%s, block (%u, %u, %u): %s", kernel_name(engine.kernel), block.x, block.y, block.z,
+           what);
+  engine.failure = keep((head + where()).c_str());
+}
+
+void fail(const char* format, ...) {
+  char what[768];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(what, sizeof what, format, arguments);
+  va_end(arguments);
+  note(what);
+  release(engine.end_tag);
+  pause(true);
+  abort();
+}
+
+static void body() {
+  begun();
+  acquire(engine.begin_tag);
+  acquire(engine.sets[engine.set].tag);
+  engine.thread(engine.arguments);
+  Lane& lane = self();
+  if (lane.first != lane.last) fail("thread %d exits with cp.async copies that it never waited for", lane.id);
+  release(engine.end_tag);
+  release(engine.sets[engine.set].tag);
+  lane.state = kExited;
+  pause(true);
+  abort();
+}
+
+void barrier_if_complete() {
+  if (!engine.waiting || engine.waiting < engine.live) return;
+  int set = 0;
+  for (int i = 0; i < engine.threads; ++i)
+    if (engine.lanes[i].state == kAtBarrier) set += engine.lanes[i].predicate;
+  const int result = engine.vote == kCount ? set : engine.vote == kAnd ? set == engine.live : set > 0;
+  for (int i = 0; i < engine.threads; ++i) {
+    Lane& lane = engine.lanes[i];
+    if (lane.state != kAtBarrier) continue;
+    lane.state = kReady;
+    lane.result = result;
+  }
+  engine.waiting = 0;
+  engine.parity ^= 1;
+}
+
+int sync_block(Vote vote, bool predicate, const char* site) {
+  Lane& lane = self();
+  lane.site = site;
+  lane.predicate = predicate;
+  if (engine.waiting == 0) {
+    engine.vote = vote;
+    engine.barrier = site;
+  } else if (engine.barrier != site && strcmp(engine.barrier, site)) {
+    fail("thread %d is at the __syncthreads of %s, others wait at that of %s", lane.id, site, engine.barrier);
+  }
+  const int parity = engine.parity;
+  release(engine.barrier_tags[parity]);
+  lane.state = kAtBarrier;
+  ++engine.waiting;
+  barrier_if_complete();
+  if (lane.state != kReady || random_threads()) pause();
+  acquire(engine.barrier_tags[parity]);
+  return static_cast<int>(lane.result);
+}
+
+void fence() {
+  release(engine.fence_tag);
+  acquire(engine.fence_tag);
+}
+
+void before_atomic() {
+  if (random_threads() && next_random() % 8 == 0) pause();
+}
+
+static void begin_block(dim3 block, uint3 index) {
+  if (kSets > 1) engine.set = (engine.set + 1 + next_random() % 2) % kSets;
+  engine.live = engine.threads;
+  engine.waiting = 0;
+  for (auto& warp : engine.meetings)
+    for (Rendezvous& meeting : warp) meeting.arrived = 0;
+  begin_shared();
+  for (int i = 0; i < engine.threads; ++i) {
+    Lane& lane = engine.lanes[i];
+    const unsigned id = i;
+    lane.thread = {id % block.x, id / block.x % block.y, id / (block.x * block.y)};
+    lane.block = index;
+    lane.id = i;
+    lane.warp = i / 32;
+    lane.lane = i % 32;
+    lane.state = kReady;
+    lane.site = nullptr;
+    lane.first = lane.last = lane.group = 0;
+    lane.fiber = &engine.sets[engine.set].fibers[i];
+    prepare(*lane.fiber, body);
+  }
+}
+
+// Every thread that can run, once, in the order of the schedule, until none is left.
+static void run_block() {
+  static int order[kMaxThreads];
+  const Schedule schedule = config().schedule;
+  const int n = engine.threads, warps = (n + 31) / 32;
+  for (int i = 0; i < n; ++i) order[i] = schedule == kReverse ? n - 1 - i : i;
+  while (engine.live) {
+    if (schedule == kRandomThreads) {
+      for (int i = n - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
+    } else if (schedule == kRandomWarps) {
+      int warp[kMaxThreads / 32];
+      for (int w = 0; w < warps; ++w) warp[w] = w;
+      for (int w = warps - 1; w > 0; --w) std::swap(warp[w], warp[next_random() % (w + 1)]);
+      for (int w = 0, at = 0; w < warps; ++w)
+        for (int i = warp[w] * 32; i < n && i < warp[w] * 32 + 32; ++i) order[at++] = i;
+    }
+    bool ran = false;
+    for (int i = 0; i < n; ++i) {
+      Lane& lane = engine.lanes[order[i]];
+      if (lane.state != kReady) continue;
+      ran = true;
+      current = &lane;
+      enter(*lane.fiber);
+      if (engine.failure) return;
+      if (lane.state != kExited) continue;
+      --engine.live;
+      lane_exits(lane);
+      if (engine.failure) return;
+      barrier_if_complete();
+    }
+    if (!ran) return note("deadlock, no thread can run");
+  }
+}
+
+void lane_exits(Lane& lane) {
+  for (const Rendezvous& meeting : engine.meetings[lane.warp]) {
+    if (!meeting.arrived || !(meeting.mask >> lane.lane & 1)) continue;
+    char what[512];
+    snprintf(what, sizeof what, "thread %d exits while its warp waits for it at %s", lane.id, meeting.site);
+    note(what);
+  }
+}
+
+// What the driver would say, or nullptr.
+static const char* limits(dim3 grid, dim3 block, size_t dynamic_shared) {
+  const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || block.x > 1024 || block.y > 1024 || block.z > 64 ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return "cudaErrorInvalidConfiguration";
+  return dynamic_shared > shared_limit() ? "cudaErrorInvalidValue" : nullptr;
+}
+
+const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const void*),
+                const void* arguments) {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  if (const char* error = limits(grid, block, dynamic_shared)) return error;
+  engine.kernel = kernel;
+  engine.thread = thread;
+  engine.arguments = arguments;
+  engine.dynamic_shared = dynamic_shared;
+  engine.static_shared = 0;
+  engine.failure = nullptr;
+  engine.random = (config().seed + 1) * 0x9e3779b97f4a7c15ull | 1;
+  engine.threads = block.x * block.y * block.z;
+  block_size = block;
+  grid_size = grid;
+  if (engine.dirty)
+    for (Set& set : engine.sets)
+      for (Fiber& fiber : set.fibers) clean(fiber);
+  engine.dirty = false;
+  for (Set& set : engine.sets)
+    for (int i = 0; i < engine.threads; ++i) make(set.fibers[i], i);
+  enter_launch();
+  release(engine.begin_tag);
+  const Schedule schedule = config().schedule;
+  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  std::vector<uint32_t> order;
+  if (schedule >= kRandomThreads) {
+    order.resize(blocks);
+    for (uint64_t i = 0; i < blocks; ++i) order[i] = static_cast<uint32_t>(i);
+    for (uint64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
+  }
+  for (uint64_t i = 0; i < blocks && !engine.failure; ++i) {
+    const uint64_t b = order.size() ? order[i] : schedule == kReverse ? blocks - 1 - i : i;
+    begin_block(block, {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                        static_cast<unsigned>(b / grid.x / grid.y)});
+    run_block();
+  }
+  acquire(engine.end_tag);
+  current = nullptr;
+  engine.dirty = engine.failure != nullptr;
+  if (config().log) launches.push_back({kernel_name(kernel), grid, block, dynamic_shared, engine.static_shared});
+  return engine.failure;
+}
+
+}  // namespace cuda_emulator

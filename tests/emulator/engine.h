@@ -1,0 +1,88 @@
+// What the files of the emulator share: the block that runs, its threads, where they wait.
+#pragma once
+#include "cuda_emulator.h"
+#include "fiber.h"
+
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+namespace cuda_emulator {
+
+enum State : uint8_t { kReady, kAtBarrier, kInWarp, kExited };
+
+constexpr int kMaxThreads = 1024, kMaxCopies = 1024, kMaxGroups = 4;
+constexpr size_t kArena = 512 << 10;
+
+// Lanes of a warp that wait for one another.
+struct Rendezvous {
+  unsigned mask, arrived;
+  WarpOp op;
+  const char* site;
+  int tag;
+};
+
+struct Lane : Thread {
+  int id, warp, lane;
+  State state;
+  const char* site;  // of the last barrier or warp operation
+  Fiber* fiber;
+  // At a barrier or in a warp operation.
+  bool predicate;
+  uint64_t value, result;
+  int from, width;
+  // cp.async: copies [first, last) are under way, `group` is the one not yet committed.
+  int first, last, group;
+};
+
+// ThreadSanitizer sees what it is told, and memory that two blocks use would look shared by them. So blocks alternate
+// between sets of stacks and shared memory, and only blocks on one set are ordered.
+#if defined(CUDA_EMULATOR_TSAN)
+constexpr int kSets = 3;
+#else
+constexpr int kSets = 1;
+#endif
+
+struct Set {
+  Fiber fibers[kMaxThreads];
+  char tag;
+  alignas(4096) char shared[kArena];
+};
+
+struct Engine {
+  Lane lanes[kMaxThreads];
+  Copy copies[kMaxThreads][kMaxCopies];
+  Rendezvous meetings[kMaxThreads / 32][kMaxGroups];
+  Set sets[kSets];
+  int set;
+  int threads, live;
+  // The barrier of the block: who waits, for what.
+  int waiting, parity;
+  Vote vote;
+  const char* barrier;
+  int meeting_count[kMaxThreads / 32];
+  char barrier_tags[2], warp_tags[kMaxThreads / 32][8], fence_tag, begin_tag, end_tag;
+  // The launch.
+  const void* kernel;
+  void (*thread)(const void*);
+  const void* arguments;
+  size_t dynamic_shared, static_shared;
+  const char* failure;
+  bool dirty;  // fibers were left in the middle
+  uint64_t random;
+};
+extern Engine engine;  // not on the heap: ThreadSanitizer takes each allocation for a write of the thread that makes it
+
+inline Lane& self() { return *static_cast<Lane*>(current); }
+inline bool random_threads() { return config().schedule == kRandomThreads; }
+uint64_t next_random();
+void pause(bool for_good = false);  // back to the scheduler
+void lane_exits(Lane& lane);        // nobody may wait for it
+void barrier_if_complete();
+void begin_shared();  // memory.cpp: of a new block
+size_t shared_limit();
+const char* kernel_name(const void* kernel);
+const char* keep(const char* text);  // for the rest of the program
+
+}  // namespace cuda_emulator
