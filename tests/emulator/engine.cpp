@@ -60,27 +60,26 @@ uint64_t next_random() {
   return x * 0x2545f4914f6cdd1dull >> 16;
 }
 
-void pause(bool for_good) { leave(*self().fiber, for_good); }
-
 // Where the threads of the block are, neighbours that are at one place together.
 static std::string where() {
   std::string lines;
   int shown = 0;
   for (int i = 0; i < engine.threads && shown < 12; ++i) {
     const Lane& lane = engine.lanes[i];
+    const State state = engine.states[i];
     int last = i;
-    while (last + 1 < engine.threads && engine.lanes[last + 1].state == lane.state &&
-           (lane.state == kExited || engine.lanes[last + 1].site == lane.site))
+    while (last + 1 < engine.threads && engine.states[last + 1] == state &&
+           (state == kExited || engine.lanes[last + 1].site == lane.site))
       ++last;
-    const char* const doing = lane.state == kExited      ? "exited"
-                              : lane.state == kAtBarrier ? "wait at __syncthreads"
-                              : lane.state == kInWarp    ? "wait in a warp operation"
-                                                         : "can run, last seen";
+    const char* const doing = state == kExited      ? "exited"
+                              : state == kAtBarrier ? "wait at __syncthreads"
+                              : state == kInWarp    ? "wait in a warp operation"
+                                                    : "can run, last seen";
     char line[512];
     snprintf(line, sizeof line, "\n  threads %d-%d %s %s", i, last, doing,
-             lane.state == kExited ? ""
-             : lane.site           ? lane.site
-                                   : "at the start");
+             state == kExited ? ""
+             : lane.site      ? lane.site
+                              : "at the start");
     lines += line;
     ++shown;
     i = last;
@@ -96,6 +95,43 @@ static void note(const char* what) {
   engine.failure = keep((head + where()).c_str());
 }
 
+// A round gives every thread that can run one turn, in the order of the schedule.
+static void begin_round() {
+  engine.position = 0;
+  const Schedule schedule = engine.schedule;
+  const int n = engine.threads, warps = (n + 31) / 32;
+  int* const order = engine.order;
+  if (schedule == kRandomThreads) {
+    for (int i = n - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
+  } else if (schedule == kRandomWarps) {
+    int warp[kMaxThreads / 32];
+    for (int w = 0; w < warps; ++w) warp[w] = w;
+    for (int w = warps - 1; w > 0; --w) std::swap(warp[w], warp[next_random() % (w + 1)]);
+    for (int w = 0, at = 0; w < warps; ++w)
+      for (int i = warp[w] * 32; i < n && i < warp[w] * 32 + 32; ++i) order[at++] = i;
+  }
+}
+
+// The fiber whose turn it is; the scheduler's when no thread can run.
+static Fiber& next_turn() {
+  for (int round = 0; round < 2; ++round) {
+    while (engine.position < engine.threads) {
+      const int i = engine.order[engine.position++];
+      if (engine.states[i] != kReady) continue;
+      current = &engine.lanes[i];
+      return *engine.lanes[i].fiber;
+    }
+    begin_round();
+  }
+  return scheduler;
+}
+
+void pause(bool for_good) {
+  Fiber& from = *self().fiber;
+  Fiber& to = engine.failure ? scheduler : next_turn();
+  if (&from != &to) change(from, to, for_good);
+}
+
 void fail(const char* format, ...) {
   char what[768];
   va_list arguments;
@@ -108,6 +144,22 @@ void fail(const char* format, ...) {
   abort();
 }
 
+static void complete_barrier() {
+  if (!engine.waiting || engine.waiting < engine.live) return;
+  int set = 0;
+  for (int i = 0; i < engine.threads; ++i)
+    if (engine.states[i] == kAtBarrier) set += engine.lanes[i].predicate;
+  const int result = engine.vote == kCount ? set : engine.vote == kAnd ? set == engine.live : set > 0;
+  for (int i = 0; i < engine.threads; ++i) {
+    if (engine.states[i] != kAtBarrier) continue;
+    engine.states[i] = kReady;
+    engine.lanes[i].result = result;
+  }
+  engine.waiting = 0;
+  engine.parity ^= 1;
+}
+
+// The life of a thread.
 static void body() {
   begun();
   acquire(engine.begin_tag);
@@ -115,27 +167,16 @@ static void body() {
   engine.thread(engine.arguments);
   Lane& lane = self();
   if (lane.first != lane.last) fail("thread %d exits with cp.async copies that it never waited for", lane.id);
+  for (const Rendezvous& meeting : engine.meetings[lane.warp])
+    if (meeting.arrived && meeting.mask >> lane.lane & 1)
+      fail("thread %d exits while its warp waits for it at %s", lane.id, meeting.site);
   release(engine.end_tag);
   release(engine.sets[engine.set].tag);
-  lane.state = kExited;
+  state_of(lane) = kExited;
+  --engine.live;
+  complete_barrier();
   pause(true);
   abort();
-}
-
-void barrier_if_complete() {
-  if (!engine.waiting || engine.waiting < engine.live) return;
-  int set = 0;
-  for (int i = 0; i < engine.threads; ++i)
-    if (engine.lanes[i].state == kAtBarrier) set += engine.lanes[i].predicate;
-  const int result = engine.vote == kCount ? set : engine.vote == kAnd ? set == engine.live : set > 0;
-  for (int i = 0; i < engine.threads; ++i) {
-    Lane& lane = engine.lanes[i];
-    if (lane.state != kAtBarrier) continue;
-    lane.state = kReady;
-    lane.result = result;
-  }
-  engine.waiting = 0;
-  engine.parity ^= 1;
 }
 
 int sync_block(Vote vote, bool predicate, const char* site) {
@@ -150,10 +191,10 @@ int sync_block(Vote vote, bool predicate, const char* site) {
   }
   const int parity = engine.parity;
   release(engine.barrier_tags[parity]);
-  lane.state = kAtBarrier;
+  state_of(lane) = kAtBarrier;
   ++engine.waiting;
-  barrier_if_complete();
-  if (lane.state != kReady || random_threads()) pause();
+  complete_barrier();
+  if (state_of(lane) != kReady || random_threads()) pause();
   acquire(engine.barrier_tags[parity]);
   return static_cast<int>(lane.result);
 }
@@ -182,7 +223,8 @@ static void begin_block(dim3 block, uint3 index) {
     lane.id = i;
     lane.warp = i / 32;
     lane.lane = i % 32;
-    lane.state = kReady;
+    engine.states[i] = kReady;
+    engine.order[i] = engine.schedule == kReverse ? engine.threads - 1 - i : i;
     lane.site = nullptr;
     lane.first = lane.last = lane.group = 0;
     lane.fiber = &engine.sets[engine.set].fibers[i];
@@ -190,47 +232,10 @@ static void begin_block(dim3 block, uint3 index) {
   }
 }
 
-// Every thread that can run, once, in the order of the schedule, until none is left.
 static void run_block() {
-  static int order[kMaxThreads];
-  const Schedule schedule = config().schedule;
-  const int n = engine.threads, warps = (n + 31) / 32;
-  for (int i = 0; i < n; ++i) order[i] = schedule == kReverse ? n - 1 - i : i;
-  while (engine.live) {
-    if (schedule == kRandomThreads) {
-      for (int i = n - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
-    } else if (schedule == kRandomWarps) {
-      int warp[kMaxThreads / 32];
-      for (int w = 0; w < warps; ++w) warp[w] = w;
-      for (int w = warps - 1; w > 0; --w) std::swap(warp[w], warp[next_random() % (w + 1)]);
-      for (int w = 0, at = 0; w < warps; ++w)
-        for (int i = warp[w] * 32; i < n && i < warp[w] * 32 + 32; ++i) order[at++] = i;
-    }
-    bool ran = false;
-    for (int i = 0; i < n; ++i) {
-      Lane& lane = engine.lanes[order[i]];
-      if (lane.state != kReady) continue;
-      ran = true;
-      current = &lane;
-      enter(*lane.fiber);
-      if (engine.failure) return;
-      if (lane.state != kExited) continue;
-      --engine.live;
-      lane_exits(lane);
-      if (engine.failure) return;
-      barrier_if_complete();
-    }
-    if (!ran) return note("deadlock, no thread can run");
-  }
-}
-
-void lane_exits(Lane& lane) {
-  for (const Rendezvous& meeting : engine.meetings[lane.warp]) {
-    if (!meeting.arrived || !(meeting.mask >> lane.lane & 1)) continue;
-    char what[512];
-    snprintf(what, sizeof what, "thread %d exits while its warp waits for it at %s", lane.id, meeting.site);
-    note(what);
-  }
+  begin_round();
+  change(scheduler, next_turn());
+  if (engine.live && !engine.failure) note("deadlock, no thread can run");
 }
 
 // What the driver would say, or nullptr.
@@ -246,6 +251,7 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
                 const void* arguments) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (const char* error = limits(grid, block, dynamic_shared)) return error;
+  engine.schedule = config().schedule;
   engine.kernel = kernel;
   engine.thread = thread;
   engine.arguments = arguments;
@@ -264,16 +270,15 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
     for (int i = 0; i < engine.threads; ++i) make(set.fibers[i], i);
   enter_launch();
   release(engine.begin_tag);
-  const Schedule schedule = config().schedule;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   std::vector<uint32_t> order;
-  if (schedule >= kRandomThreads) {
+  if (engine.schedule >= kRandomThreads) {
     order.resize(blocks);
     for (uint64_t i = 0; i < blocks; ++i) order[i] = static_cast<uint32_t>(i);
     for (uint64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
   }
   for (uint64_t i = 0; i < blocks && !engine.failure; ++i) {
-    const uint64_t b = order.size() ? order[i] : schedule == kReverse ? blocks - 1 - i : i;
+    const uint64_t b = order.size() ? order[i] : engine.schedule == kReverse ? blocks - 1 - i : i;
     begin_block(block, {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                         static_cast<unsigned>(b / grid.x / grid.y)});
     run_block();

@@ -25,7 +25,6 @@ struct Rendezvous {
 
 struct Lane : Thread {
   int id, warp, lane;
-  State state;
   const char* site;  // of the last barrier or warp operation
   Fiber* fiber;
   // At a barrier or in a warp operation.
@@ -52,6 +51,8 @@ struct Set {
 
 struct Engine {
   Lane lanes[kMaxThreads];
+  State states[kMaxThreads];
+  int order[kMaxThreads], position;  // of the round: whose turn is next
   Copy copies[kMaxThreads][kMaxCopies];
   Rendezvous meetings[kMaxThreads / 32][kMaxGroups];
   Set sets[kSets];
@@ -64,6 +65,7 @@ struct Engine {
   int meeting_count[kMaxThreads / 32];
   char barrier_tags[2], warp_tags[kMaxThreads / 32][8], fence_tag, begin_tag, end_tag;
   // The launch.
+  Schedule schedule;
   const void* kernel;
   void (*thread)(const void*);
   const void* arguments;
@@ -75,12 +77,11 @@ struct Engine {
 extern Engine engine;  // not on the heap: ThreadSanitizer takes each allocation for a write of the thread that makes it
 
 inline Lane& self() { return *static_cast<Lane*>(current); }
-inline bool random_threads() { return config().schedule == kRandomThreads; }
+inline bool random_threads() { return engine.schedule == kRandomThreads; }
 uint64_t next_random();
-void pause(bool for_good = false);  // back to the scheduler
-void lane_exits(Lane& lane);        // nobody may wait for it
-void barrier_if_complete();
-void begin_shared();  // memory.cpp: of a new block
+inline State& state_of(const Lane& lane) { return engine.states[lane.id]; }
+void pause(bool for_good = false);  // others run
+void begin_shared();                // memory.cpp: of a new block
 size_t shared_limit();
 const char* kernel_name(const void* kernel);
 const char* keep(const char* text);  // for the rest of the program

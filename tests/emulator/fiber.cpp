@@ -26,13 +26,10 @@ namespace cuda_emulator {
 
 constexpr size_t kStack = 256 << 10, kGuard = 64 << 10;  // touched pages alone cost memory
 
-static Fiber scheduler;
-#if defined(__SANITIZE_ADDRESS__)
-static const void* scheduler_stack;
-static size_t scheduler_size;
-#endif
+Fiber scheduler;
+static Fiber* stopped;  // the last to stop
 
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATOR_OWN_SWITCH)
 // Saves what the ABI keeps across calls, changes the stack, restores.
 extern "C" void cuda_emulator_switch(void** save, void* load);
 asm(R"(.text
@@ -56,9 +53,6 @@ cuda_emulator_switch:
   ret
 .size cuda_emulator_switch, .-cuda_emulator_switch
 )");
-static void change(Fiber& from, Fiber& to) { cuda_emulator_switch(&from.at, to.at); }
-#else
-static void change(Fiber& from, Fiber& to) { swapcontext(&from.at, &to.at); }
 #endif
 
 // Stacks begin at different places of a page, or their tops would share a few lines of the cache.
@@ -78,7 +72,7 @@ void prepare(Fiber& fiber, void (*entry)()) {
 #if defined(CUDA_EMULATOR_TSAN)
   if (!fiber.tsan) fiber.tsan = __tsan_create_fiber(0);
 #endif
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATOR_OWN_SWITCH)
   void** top = reinterpret_cast<void**>(fiber.stack + fiber.size - 64);
   *--top = nullptr;  // where `entry` would return to; it keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(entry);
@@ -104,52 +98,39 @@ void clean(Fiber& fiber) {
   (void)fiber;
 }
 
-void enter(Fiber& fiber) {
+static void arrived(void* stash) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&scheduler.stash, fiber.stack, fiber.size);
+  const void* stack;
+  size_t size;
+  __sanitizer_finish_switch_fiber(stash, &stack, &size);
+  if (stopped == &scheduler) scheduler.stack = static_cast<char*>(const_cast<void*>(stack)), scheduler.size = size;
 #endif
-#if defined(CUDA_EMULATOR_TSAN)
-  __tsan_switch_to_fiber(fiber.tsan, 1);
-#endif
-  change(scheduler, fiber);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(scheduler.stash, nullptr, nullptr);
-#endif
+  (void)stash;
 }
 
-void begun() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
-#endif
-}
+void begun() { arrived(nullptr); }
 
-void leave(Fiber& fiber, bool for_good) {
+void change(Fiber& from, Fiber& to, bool for_good) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.stash, scheduler_stack, scheduler_size);
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &from.stash, to.stack, to.size);
 #endif
 #if defined(CUDA_EMULATOR_TSAN)
-  __tsan_switch_to_fiber(scheduler.tsan, 1);
+  __tsan_switch_to_fiber(to.tsan, 1);
 #endif
   (void)for_good;
-  change(fiber, scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fiber.stash, &scheduler_stack, &scheduler_size);
+  stopped = &from;
+#if defined(CUDA_EMULATOR_OWN_SWITCH)
+  cuda_emulator_switch(&from.at, to.at);
+#else
+  swapcontext(&from.at, &to.at);
 #endif
+  arrived(from.stash);
 }
 
-void release(char& tag) {
 #if defined(CUDA_EMULATOR_TSAN)
-  __tsan_release(&tag);
+void release(char& tag) { __tsan_release(&tag); }
+void acquire(char& tag) { __tsan_acquire(&tag); }
 #endif
-  (void)tag;
-}
-
-void acquire(char& tag) {
-#if defined(CUDA_EMULATOR_TSAN)
-  __tsan_acquire(&tag);
-#endif
-  (void)tag;
-}
 
 void enter_launch() {
 #if defined(CUDA_EMULATOR_TSAN)

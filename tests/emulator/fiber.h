@@ -2,7 +2,9 @@
 #pragma once
 #include <stddef.h>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_EMULATOR_UCONTEXT)
+#define CUDA_EMULATOR_OWN_SWITCH
+#else
 #include <ucontext.h>
 #endif
 
@@ -11,7 +13,7 @@ namespace cuda_emulator {
 struct Fiber {
   char* stack;
   size_t size;
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATOR_OWN_SWITCH)
   void* at;  // the stack pointer where it stopped
 #else
   ucontext_t at;
@@ -20,17 +22,22 @@ struct Fiber {
   void* stash;  // AddressSanitizer's, while it does not run
 };
 
+extern Fiber scheduler;  // the stack of the OS thread that launches
+
 void make(Fiber& fiber, int id);              // its stack, the first time
 void clean(Fiber& fiber);                     // whatever it was doing when it stopped is forgotten
-void prepare(Fiber& fiber, void (*entry)());  // the next `enter` begins `entry` anew
-
-void enter(Fiber& fiber);                 // from the scheduler
-void begun();                             // first thing of `entry`
-void leave(Fiber& fiber, bool for_good);  // back to the scheduler
+void prepare(Fiber& fiber, void (*entry)());  // the next change to it begins `entry` anew, which first calls `begun`
+void begun();
+void change(Fiber& from, Fiber& to, bool for_good = false);
 
 // Ordering that ThreadSanitizer has to know of: what was before a release is before what comes after an acquire.
+#if defined(CUDA_EMULATOR_TSAN)
 void release(char& tag);
 void acquire(char& tag);
+#else
+inline void release(char&) {}
+inline void acquire(char&) {}
+#endif
 void enter_launch();  // names the OS thread that schedules
 
 }  // namespace cuda_emulator

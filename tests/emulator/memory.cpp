@@ -97,8 +97,7 @@ bool issue_copy(void* to, const void* from, int bytes) {
   char* const memory = arena();
   if (to < memory || to >= memory + kArena) fail("cp_async%d: the destination is not shared memory", bytes);
   if (lane.last - lane.first == kMaxCopies) fail("thread %d: wanted at most %d copies under way", lane.id, kMaxCopies);
-  const Schedule schedule = config().schedule;
-  const bool late = schedule == kForward || (schedule != kReverse && next_random() & 1);
+  const bool late = engine.schedule == kForward || (engine.schedule != kReverse && next_random() & 1);
   engine.copies[lane.id][lane.last++ % kMaxCopies] = {to, from, bytes, lane.group, late};
   return late;
 }

@@ -19,7 +19,8 @@ static uint64_t shuffled(const Lane* warp, const Lane& lane, WarpOp op, unsigned
   return mask >> from & 1 ? warp[from].value : kPoison;
 }
 
-static void complete(Lane* warp, WarpOp op, unsigned mask) {
+// The same result for every lane.
+static uint64_t agreed(const Lane* warp, WarpOp op, unsigned mask) {
   uint64_t ballot = 0, sum = 0, low = ~0u, high = 0;
   for (int i = 0; i < 32; ++i) {
     if (!(mask >> i & 1)) continue;
@@ -29,21 +30,35 @@ static void complete(Lane* warp, WarpOp op, unsigned mask) {
     if (value < low) low = value;
     if (value > high) high = value;
   }
-  for (int i = 0; i < 32; ++i) {
-    if (!(mask >> i & 1)) continue;
-    Lane& lane = warp[i];
-    lane.state = kReady;
-    if (op <= kXor) lane.result = shuffled(warp, lane, op, mask);
-    if (op == kBallot) lane.result = ballot;
-    if (op == kAny) lane.result = ballot != 0;
-    if (op == kAll) lane.result = ballot == mask;
-    if (op == kAddAll) lane.result = sum;
-    if (op == kMinAll) lane.result = low;
-    if (op == kMaxAll) lane.result = high;
-    if (op != kMatch) continue;
-    lane.result = 0;
-    for (int j = 0; j < 32; ++j)
-      if ((mask >> j & 1) && warp[j].value == lane.value) lane.result |= 1u << j;
+  switch (op) {
+    case kBallot:
+      return ballot;
+    case kAny:
+      return ballot != 0;
+    case kAll:
+      return ballot == mask;
+    case kAddAll:
+      return sum;
+    case kMinAll:
+      return low;
+    default:
+      return high;
+  }
+}
+
+static uint64_t alike(const Lane* warp, const Lane& lane, unsigned mask) {
+  uint64_t lanes = 0;
+  for (int j = 0; j < 32; ++j)
+    if ((mask >> j & 1) && warp[j].value == lane.value) lanes |= 1u << j;
+  return lanes;
+}
+
+static void complete(Lane* warp, WarpOp op, unsigned mask) {
+  const uint64_t result = op <= kXor || op == kSync ? 0 : agreed(warp, op, mask);
+  for (unsigned left = mask; left; left &= left - 1) {
+    Lane& lane = warp[__builtin_ctz(left)];
+    lane.result = op <= kXor ? shuffled(warp, lane, op, mask) : op == kMatch ? alike(warp, lane, mask) : result;
+    state_of(lane) = kReady;
   }
 }
 
@@ -61,7 +76,7 @@ static Rendezvous& meeting_of(const Lane& lane, const Lane* warp, WarpOp op, uns
     }
   }
   for (int i = 0; i < 32; ++i)
-    if ((mask >> i & 1) && warp[i].state == kExited)
+    if ((mask >> i & 1) && state_of(warp[i]) == kExited)
       fail("thread %d: %s of %s waits for lane %d, which has exited", lane.id, kNames[op], site, i);
   if (!free) fail("thread %d: %s of %s: more than %d groups of one warp wait", lane.id, kNames[op], site, kMaxGroups);
   *free = {mask, 0, op, site, engine.meeting_count[lane.warp]++ % 8};
@@ -84,13 +99,13 @@ uint64_t warp_op(WarpOp op, unsigned mask, uint64_t value, int from, int width, 
   Rendezvous& meeting = meeting_of(lane, warp, op, mask, site);
   char& tag = engine.warp_tags[lane.warp][meeting.tag];
   if (op == kSync) release(tag);  // a shuffle orders no memory
-  lane.state = kInWarp;
+  state_of(lane) = kInWarp;
   meeting.arrived |= 1u << lane.lane;
   if (meeting.arrived == mask) {
     meeting.arrived = 0;
     complete(warp, op, mask);
   }
-  if (lane.state != kReady || random_threads()) pause();
+  if (state_of(lane) != kReady || random_threads()) pause();
   if (op == kSync) acquire(tag);
   return lane.result;
 }
