@@ -16,6 +16,7 @@
 #else
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <mutex>
 
 // Arrays of a block: SHARED(float, tile, [2][64]). As aligned as their element, or as told.
@@ -103,6 +104,22 @@ static inline void launch(Call& call, void (*kernel)(P...), dim3 grid, dim3 bloc
 #endif
 }
 
+// Of the call's device; those of an H100 in emulation and where the driver does not say.
+static inline int multiprocessors(const Call& call) {
+  constexpr int kUsual = 132;
+#if defined(TOKENFLOW_EMULATED)
+  (void)call;
+  return kUsual;
+#else
+  static std::atomic<int> known[64];
+  const bool keep = call.device >= 0 && call.device < 64;
+  int count = keep ? known[call.device].load(std::memory_order_relaxed) : 0;
+  if (count == 0 && cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, call.device) == cudaSuccess && keep)
+    known[call.device].store(count, std::memory_order_relaxed);
+  return count > 0 ? count : kUsual;
+#endif
+}
+
 // A contiguous tensor that kernels of this build can read.
 static inline bool on_device(const View& v) {
 #if defined(TOKENFLOW_EMULATED)
@@ -157,21 +174,21 @@ static __device__ __forceinline__ void set_number(void* data, Type type, int64_t
   static_cast<uint16_t*>(data)[i] = bits;
 }
 
-// A score and an id as one number that atomicMin orders: lower scores first, then lower ids; NaN as +inf, both zeros
-// alike.
+// A score and an id below 2^31 as one number that atomicMin orders: lower scores first, both zeros alike, NaN behind
+// +inf; then lower ids. The last bit keeps the sign of a zero.
 constexpr u64 kNoKey = ~0ull;
 
 static __device__ __forceinline__ u64 key_of(float score, unsigned id) {
-  const float ordered = score == score ? score + 0.0f : INFINITY;
-  const unsigned bits = __float_as_uint(ordered);
+  const unsigned bits = score == score ? __float_as_uint(score + 0.0f) : 0x7fc00000u;
   const unsigned rising = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return static_cast<u64>(rising) << 32 | id;
+  return static_cast<u64>(rising) << 32 | id << 1 | (bits == 0 && __float_as_uint(score) != 0);
 }
 
-static __device__ __forceinline__ unsigned id_of(u64 key) { return static_cast<unsigned>(key); }
+static __device__ __forceinline__ unsigned id_of(u64 key) { return static_cast<unsigned>(key) >> 1; }
 
 static __device__ __forceinline__ float score_of(u64 key) {
   const unsigned rising = static_cast<unsigned>(key >> 32);
+  if (rising == 0x80000000u && key & 1) return -0.0f;
   return __uint_as_float(rising >> 31 ? rising & 0x7fffffffu : ~rising);
 }
 
