@@ -16,6 +16,7 @@ if IN_PLACE:
 
 def pytest_addoption(parser):
     parser.addoption("--benchmark", action="store_true", help="run benchmarks/ instead of tests/")
+    parser.addoption("--emulated", action="store_true", help="the CUDA kernels, emulated, in place of the CPU's")
 
 
 def pytest_configure(config):
@@ -25,6 +26,20 @@ def pytest_configure(config):
 
     if not build_info()["native"]:
         pytest.exit("tokenflow_ext was imported without its native core: run `pip install .` first", returncode=4)
+    if config.getoption("--emulated"):
+        sys.path.insert(0, str(ROOT / "tests"))
+        from emulator import InPlaceOfTheCpu
+
+        from tokenflow_ext.ops import _native
+
+        _native._C = InPlaceOfTheCpu(_native._C)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--emulated"):
+        from tokenflow_ext.ops import _native
+
+        terminalreporter.line("calls: {emulated} of emulated CUDA kernels, {cpu} in float64 of the CPU's".format(**_native._C.calls))
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -9,6 +9,10 @@
 #include "cpu/isa.h"
 #include "cpu/search_state.h"
 #include "door.h"
+#ifdef TOKENFLOW_CUDA
+#include "cuda/bindings.h"
+#include "cuda/device.h"
+#endif
 
 namespace py = pybind11;
 
@@ -57,6 +61,16 @@ PYBIND11_MODULE(_C, m) {
   TOKENFLOW_OP(multiscale_chain_backward);
   TOKENFLOW_OP(peaks);
 
+  py::list architectures;
+#ifdef TOKENFLOW_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "The ops on CUDA tensors.");
+  bind_cuda_ops(cuda);
+  cuda.def("check", [](int device) {
+    if (const char* problem = device_problem(device)) throw std::runtime_error(problem);
+  });
+  for (const int architecture : {TOKENFLOW_CUDA}) architectures.append("sm_" + std::to_string(architecture));
+#endif
+
   m.def("connect", [error](py::type tensor, py::object api, py::object to_dlpack, py::object empty) {
     if (!error.empty()) throw py::value_error(error);
     connect(tensor, api, to_dlpack, empty);
@@ -74,7 +88,7 @@ PYBIND11_MODULE(_C, m) {
     return counts;
   });
 
-  m.def("build_info", [isa] {
+  m.def("build_info", [isa, architectures] {
     py::dict info;
     info["version"] = TOKENFLOW_EXT_VERSION;
     info["compiler"] = __VERSION__;
@@ -83,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
     info["instruction_sets"] = built;
     info["instruction_set"] = kIsaNames[isa];
     info["certified_search"] = isa == 2 && search_state.has_int8_dot ? "int8" : "none";
-    info["cuda"] = false;
+    info["cuda"] = architectures;
     return info;
   });
 }

@@ -10,14 +10,6 @@ try:
     from tokenflow_ext import _C
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _C, _why = None, str(error)
-else:
-    # torch < 2.10 has no exchange table: its tensors travel in capsules.
-    _C.connect(
-        torch.Tensor,
-        getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
-        torch.utils.dlpack.to_dlpack,
-        lambda size, device: torch.empty(-(-size // 8), dtype=torch.int64, device="cpu" if device < 0 else device),
-    )
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BACKENDS = ["auto", "native", "reference"]
@@ -36,6 +28,20 @@ KERNELS = {
 }
 KERNELS["shared_lookup"], KERNELS["shared_quantize"] = KERNELS["lookup"], KERNELS["quantize"]
 """What a function runs, where it is more than the kernel of its name."""
+
+
+def connect(core) -> None:
+    """Lends a core what it takes from torch; torch < 2.10 has no exchange table, and its tensors travel in capsules."""
+    core.connect(
+        torch.Tensor,
+        getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+        torch.utils.dlpack.to_dlpack,
+        lambda size, device: torch.empty(-(-size // 8), dtype=torch.int64, device="cpu" if device < 0 else device),
+    )
+
+
+if _C is not None:
+    connect(_C)
 
 _forked = False
 _warned = set()
@@ -75,6 +81,8 @@ def runs_on(tensor: torch.Tensor):
 def counts(device: int) -> torch.Tensor:
     """The two counts of a CUDA device, always at the same address, so that graphs may hold it."""
     if device not in _counts:
+        if device >= 0:
+            _C.cuda.check(device)
         _counts[device] = torch.zeros(2, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
     return _counts[device]
 
@@ -254,7 +262,8 @@ def build_info() -> dict:
 
     Returns:
         native (whether the core was loaded), version, compiler, instruction_sets (built), instruction_set (the one that
-        runs; TOKENFLOW_ISA forces a lower one), cuda, threads, torch.
+        runs; TOKENFLOW_ISA forces a lower one), cuda (the architectures that kernels were built for, none without nvcc),
+        threads, torch.
 
     Example:
         >>> build_info()["native"]

@@ -1,0 +1,18 @@
+// The CUDA ops' lines of the door, one an op: for the extension, and for the tests' module that has them emulated.
+#pragma once
+#include "common/multiscale_ops.h"
+#include "common/ops.h"
+#include "door.h"
+
+namespace tokenflow_ext {
+
+namespace cuda {
+TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
+}
+
+#define TOKENFLOW_CUDA_OP(name) def_op(m, #name, cuda::name, on_cuda)
+
+inline void bind_cuda_ops(pybind11::module_& m) {
+}
+
+}  // namespace tokenflow_ext
