@@ -1,0 +1,94 @@
+"""How CUDA gets into the build: found by itself, asked for, left out; and what the compiled kernels take of a GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import pytest
+
+import tokenflow_ext
+from tokenflow_ext.ops import _native
+
+ROOT = Path(__file__).parents[1]
+BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+ARCHITECTURES = tokenflow_ext.build_info()["cuda"]
+WITHOUT = "/nowhere/nvcc"
+
+needs_nvcc = pytest.mark.skipif(not ARCHITECTURES, reason="this package was built without nvcc")
+
+
+def configure(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """CMake's first step for the extension."""
+    options = {"Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
+    command = [shutil.which("cmake", path=BIN), "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in options.items())]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TOKENFLOW_CUDA", "CUDA"))}
+    return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, timeout=300)
+
+
+def sentence(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_missing_compiler_is_told_and_the_cpu_is_built(tmp_path):
+    done = configure(tmp_path, CUDACXX=WITHOUT)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA: nvcc was not found, the CPU kernels alone are built" in sentence(done.stdout + done.stderr)
+
+
+def test_asked_for_and_missing_is_an_error(tmp_path):
+    done = configure(tmp_path, TOKENFLOW_CUDA="1", CUDACXX=WITHOUT)
+    assert done.returncode != 0
+    assert "TOKENFLOW_CUDA=1: wanted CUDA's compiler nvcc, found none" in sentence(done.stderr)
+
+
+def test_a_wrong_wish_is_an_error(tmp_path):
+    done = configure(tmp_path, TOKENFLOW_CUDA="yes")
+    assert done.returncode != 0 and "TOKENFLOW_CUDA: wanted auto, 0 or 1, got yes" in sentence(done.stderr)
+
+
+@needs_nvcc
+def test_architectures_can_be_narrowed(tmp_path):
+    done = configure(tmp_path, TOKENFLOW_CUDA_ARCHS="90;997")
+    text = sentence(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"CUDA: \S+nvcc for 90 ", text + " ") and "does not know the architectures 997" in text
+    done = configure(tmp_path / "none", TOKENFLOW_CUDA_ARCHS="997")
+    assert done.returncode != 0 and "TOKENFLOW_CUDA_ARCHS: wanted architectures among" in sentence(done.stderr)
+
+
+@needs_nvcc
+def test_a_machine_without_a_gpu_is_told_so():
+    """The same file imports here, and says what it misses when it is asked to run."""
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(RuntimeError, match="CUDA: wanted a driver of NVIDIA, got none"):
+        _native._C.cuda.check(0)
+
+
+def cuobjdump(*options: str) -> str:
+    tool = [p for folder in map(Path, sys.path) for p in folder.glob("nvidia/cu*/bin/cuobjdump")]
+    command = [tool[0] if tool else shutil.which("cuobjdump"), *options, _native._C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_nvcc
+def test_every_architecture_is_in_the_file():
+    assert set(re.findall(r"\.(sm_\d+)\.cubin", cuobjdump("--list-elf"))) == set(ARCHITECTURES)
+    embedded = set(re.findall(r"\.(sm_\d+)\.ptx", cuobjdump("--list-ptx")))
+    assert embedded == {ARCHITECTURES[-1]} | ({"sm_80"} & set(ARCHITECTURES))
+
+
+@needs_nvcc
+def test_no_kernel_spills_or_has_a_stack():
+    """What a launch may not find: registers of 256 threads at most 65536, shared memory within 48 KB without asking."""
+    kernels = re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("--dump-resource-usage")
+    )
+    assert len(kernels) >= len(ARCHITECTURES)
+    for name, registers, stack, shared, local in kernels:
+        assert int(stack) == int(local) == 0, f"{name}: stack {stack}, local {local}"
+        assert int(registers) <= 255 and int(shared) <= 49 * 1024, f"{name}: {registers} registers, {shared} bytes shared"
