@@ -85,9 +85,8 @@ def test_every_architecture_is_in_the_file():
 @needs_nvcc
 def test_no_kernel_spills_or_has_a_stack():
     """What a launch may not find: registers of 256 threads at most 65536, shared memory within 48 KB without asking."""
-    kernels = re.findall(
-        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("--dump-resource-usage")
-    )
+    usage = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    kernels = re.findall(usage, cuobjdump("--dump-resource-usage"))
     assert len(kernels) >= len(ARCHITECTURES)
     for name, registers, stack, shared, local in kernels:
         assert int(stack) == int(local) == 0, f"{name}: stack {stack}, local {local}"
