@@ -2,14 +2,14 @@
 // after another, all on the OS thread that launches; a second launch waits for the first. "Device memory" is the
 // host's.
 //
-// To run a kernel: compile it, these files and a main of your own, which calls the op (or `launch`) as any function,
+// To run a kernel: compile it, the emulator's five files, and a main of your own that calls the op as any function,
 //   g++ -std=c++17 -O2 -ffp-contract=off -DTOKENFLOW_EMULATED -DTOKENFLOW_ISA=cuda -I csrc -I tests/emulator
-//       -x c++ csrc/cuda/x.cu tests/emulator/*.cpp my_main.cpp
+//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,names,warp}.cpp my_main.cpp
 // and look at call.failure, the error of the launch as a sentence. With
 //   -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 // memory is checked to the byte (malloc every tensor in its exact size). Races are found by ThreadSanitizer, which must
-// not see the emulator itself: compile tests/emulator/*.cpp with -O2 -DCUDA_EMULATOR_TSAN, the rest with -O1 -g
-// -fsanitize=thread. -mfma, where the processor has it, makes fmaf fast and changes no bit.
+// not see the emulator itself: compile its files with -O2 -DCUDA_EMULATOR_TSAN, the rest with -O1 -g -fsanitize=thread.
+// -mfma, where the processor has it, makes fmaf fast and changes no bit.
 //
 // `config()`, or CUDA_EMULATOR_SCHEDULE=forward|reverse|threads|warps, CUDA_EMULATOR_SEED=1, CUDA_EMULATOR_ARCH=80 in
 // the environment, says who runs first and what a launch may ask for. The same seed replays the same run.
@@ -189,7 +189,7 @@ inline uint64_t across(WarpOp op, const char* site, unsigned mask, uint64_t valu
   return warp_op(op, mask, value, 0, 32, site);
 }
 
-inline void sync_warp(const char* site, unsigned mask = 0xffffffffu) { warp_op(kSync, mask, 0, 0, 32, site); }
+inline unsigned mask_or_all(unsigned mask = 0xffffffffu) { return mask; }
 
 }  // namespace cuda_emulator
 
@@ -206,9 +206,8 @@ inline void sync_warp(const char* site, unsigned mask = 0xffffffffu) { warp_op(k
 #define __reduce_add_sync(mask, v) static_cast<unsigned>(CUDA_EMULATOR_ACROSS(kAddAll, mask, static_cast<unsigned>(v)))
 #define __reduce_min_sync(mask, v) static_cast<unsigned>(CUDA_EMULATOR_ACROSS(kMinAll, mask, static_cast<unsigned>(v)))
 #define __reduce_max_sync(mask, v) static_cast<unsigned>(CUDA_EMULATOR_ACROSS(kMaxAll, mask, static_cast<unsigned>(v)))
-// __syncwarp() and __syncwarp(mask)
-#define CUDA_EMULATOR_AFTER_SITE(...) CUDA_EMULATOR_SITE, ##__VA_ARGS__
-#define __syncwarp(...) ::cuda_emulator::sync_warp(CUDA_EMULATOR_AFTER_SITE(__VA_ARGS__))
+#define __syncwarp(...) \
+  ((void)::cuda_emulator::across(::cuda_emulator::kSync, CUDA_EMULATOR_SITE, ::cuda_emulator::mask_or_all(__VA_ARGS__)))
 
 inline void __threadfence() { cuda_emulator::fence(); }
 inline void __threadfence_block() { cuda_emulator::fence(); }
