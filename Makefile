@@ -8,8 +8,15 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-SOURCES = $(shell find csrc tokenflow_ext python/tokenflow -name '*.py' -o -name '*.cpp' -o -name '*.h') \
-          CMakeLists.txt setup.py pyproject.toml
+SOURCES = $(shell find csrc tokenflow_ext python/tokenflow -name '*.py' -o -name '*.cpp' -o -name '*.h' \
+            -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake') CMakeLists.txt setup.py pyproject.toml
+# CUDA's compiler: the machine's, else NVIDIA's packages for Python, into the venv of the tests.
+NVCC := $(or $(CUDACXX),$(wildcard /usr/local/cuda/bin/nvcc),$(shell command -v nvcc))
+NVCC_PACKAGES = nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
+                nvidia-cuda-cccl==13.0.85
+ifeq ($(NVCC),)
+export CUDACXX = $(shell echo $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
+endif
 
 .PHONY: test test-aarch64 test-aarch64-full test-sanitize tools bench demo dev clean
 test: $(VENV)/test
@@ -44,6 +51,7 @@ $(VENV)/torch:
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
+	$(if $(NVCC),,$(PIP) $(NVCC_PACKAGES) || echo 'NOT INSTALLED: nvcc. The CUDA kernels are tested in emulation alone.')
 	$(PIP) '.[test]'
 	touch $@
 

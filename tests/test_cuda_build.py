@@ -25,7 +25,7 @@ def configure(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """CMake's first step for the extension."""
     options = {"Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
     command = [shutil.which("cmake", path=BIN), "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in options.items())]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TOKENFLOW_CUDA", "CUDA"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TOKENFLOW_CUDA")}
     return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, timeout=300)
 
 
@@ -36,13 +36,25 @@ def sentence(text: str) -> str:
 def test_a_missing_compiler_is_told_and_the_cpu_is_built(tmp_path):
     done = configure(tmp_path, CUDACXX=WITHOUT)
     assert done.returncode == 0, done.stderr
-    assert "CUDA: nvcc was not found, the CPU kernels alone are built" in sentence(done.stdout + done.stderr)
+    assert "CUDA: the CPU kernels alone are built, as nvcc was not found in CUDACXX" in sentence(done.stdout + done.stderr)
 
 
 def test_asked_for_and_missing_is_an_error(tmp_path):
     done = configure(tmp_path, TOKENFLOW_CUDA="1", CUDACXX=WITHOUT)
     assert done.returncode != 0
-    assert "TOKENFLOW_CUDA=1: wanted CUDA's compiler nvcc, found none" in sentence(done.stderr)
+    assert "TOKENFLOW_CUDA=1: wanted CUDA's compiler, but nvcc was not found in" in sentence(done.stderr)
+
+
+def test_a_compiler_that_cannot_compile_is_told(tmp_path):
+    """An nvcc that lists architectures and refuses the host's compiler does not break `pip install .`."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_80 || { echo unsupported GNU version; exit 1; }\n')
+    nvcc.chmod(0o755)
+    done = configure(tmp_path / "auto", CUDACXX=str(nvcc))
+    text = sentence(done.stdout + done.stderr)
+    assert done.returncode == 0 and "compiles nothing here (unsupported GNU version)" in text, text
+    done = configure(tmp_path / "asked", CUDACXX=str(nvcc), TOKENFLOW_CUDA="1")
+    assert done.returncode != 0 and "compiles nothing here" in sentence(done.stderr)
 
 
 def test_a_wrong_wish_is_an_error(tmp_path):

@@ -2,8 +2,10 @@
 #   TOKENFLOW_CUDA        auto (default: built where a compiler is found), 1 (missing is an error), 0
 #   TOKENFLOW_CUDA_ARCHS  the architectures, such as "90" or "80;90"; all that the compiler knows of ours by default
 # Both are environment variables, as `pip install .` passes nothing else on. The runtime is linked statically: the same
-# file imports on a machine without a GPU or a driver. Sets TOKENFLOW_CUDA_BUILT to the architectures, empty without.
+# file imports on a machine without a GPU or a driver. Sets TOKENFLOW_CUDA_BUILT to the architectures, empty without, and
+# TOKENFLOW_CUDA_LIBRARIES to what the extension links.
 set(TOKENFLOW_CUDA_BUILT "")
+set(problem "")
 set(wanted "$ENV{TOKENFLOW_CUDA}")
 if(wanted STREQUAL "")
   set(wanted auto)
@@ -30,11 +32,28 @@ if(TOKENFLOW_NVCC)
 endif()
 string(REGEX MATCHALL "[0-9]+" known "${known}")
 if(known STREQUAL "")
-  if(wanted STREQUAL "1")
-    message(FATAL_ERROR "TOKENFLOW_CUDA=1: wanted CUDA's compiler nvcc, found none in CUDACXX, CUDA_HOME, "
-                        "/usr/local/cuda or PATH")
+  set(problem "nvcc was not found in CUDACXX, CUDA_HOME, /usr/local/cuda or PATH")
+else()
+  # Found is not yet able: it may refuse the host's compiler.
+  file(WRITE ${CMAKE_BINARY_DIR}/probe.cu "#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+  execute_process(COMMAND "${TOKENFLOW_NVCC}" -c probe.cu -o probe.o WORKING_DIRECTORY ${CMAKE_BINARY_DIR}
+                  RESULT_VARIABLE failed OUTPUT_VARIABLE said ERROR_VARIABLE said)
+  # The runtime to link: a toolkit keeps it in lib64, NVIDIA's packages for Python in lib.
+  get_filename_component(toolkit "${TOKENFLOW_NVCC}/../.." ABSOLUTE)
+  find_library(TOKENFLOW_CUDART cudart_static HINTS ${toolkit} PATH_SUFFIXES lib64 lib
+               targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib)
+  if(failed)
+    string(REGEX REPLACE "\n.*" "" said "${said}")
+    set(problem "${TOKENFLOW_NVCC} compiles nothing here (${said})")
+  elseif(NOT TOKENFLOW_CUDART)
+    set(problem "${TOKENFLOW_NVCC} has no libcudart_static beside it")
   endif()
-  message(NOTICE "CUDA: nvcc was not found, the CPU kernels alone are built (CUDACXX or CUDA_HOME name it)")
+endif()
+if(problem)
+  if(wanted STREQUAL "1")
+    message(FATAL_ERROR "TOKENFLOW_CUDA=1: wanted CUDA's compiler, but ${problem}")
+  endif()
+  message(NOTICE "CUDA: the CPU kernels alone are built, as ${problem}")
   return()
 endif()
 
@@ -71,8 +90,10 @@ message(STATUS "CUDA: ${TOKENFLOW_NVCC} for ${CMAKE_CUDA_ARCHITECTURES}")
 set(CMAKE_CUDA_COMPILER "${TOKENFLOW_NVCC}")
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_STANDARD 17)
+get_filename_component(runtime "${TOKENFLOW_CUDART}" DIRECTORY)
+set(ENV{LIBRARY_PATH} "${runtime}:$ENV{LIBRARY_PATH}")  # for CMake's first program
 enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
+find_package(Threads REQUIRED)
 file(GLOB cuda_files CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)
 add_library(cuda_kernels OBJECT ${cuda_files})
 target_include_directories(cuda_kernels PRIVATE csrc)
@@ -80,3 +101,4 @@ target_compile_definitions(cuda_kernels PRIVATE TOKENFLOW_ISA=cuda)
 # Products and sums stay apart where the source does not fuse them: the canonical score has the CPU's bits.
 target_compile_options(cuda_kernels PRIVATE -O3 -fmad=false -Werror all-warnings -Xptxas -warn-spills
                        -Xcompiler=-fvisibility=hidden -Xcompiler=-ffp-contract=off)
+set(TOKENFLOW_CUDA_LIBRARIES cuda_kernels ${TOKENFLOW_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
