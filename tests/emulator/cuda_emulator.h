@@ -89,14 +89,13 @@ void before_atomic();  // another thread may come first
 void* static_shared(const void* tag, size_t size, size_t alignment);
 void* dynamic_shared();
 
-// A copy from issue to wait. `late`: it lands at the wait, and until then its destination is poison.
+// A copy from issue to wait.
 struct Copy {
   void* to;
   const void* from;
   int bytes, group;
-  bool late;
 };
-bool issue_copy(void* to, const void* from, int bytes);  // is it late?
+bool issue_copy(void* to, const void* from, int bytes);  // whether it lands at the wait and is poison until then
 void commit_copies();
 const Copy* next_landing(int groups_left);  // that has to be there now; or none
 
@@ -140,7 +139,8 @@ inline T modify(T* address, F next) {
   return bits_as<T>(old);
 }
 
-// Loads and stores of a copy stand in the kernel's own code, so that sanitizers check them there.
+// Loads and stores of a copy stand in the kernel's own code, so that sanitizers check them there: it writes when it is
+// issued and when it is waited for, for it may land at any time between.
 template <class Piece>
 inline void start_copy(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(Piece) || reinterpret_cast<uintptr_t>(from) % sizeof(Piece))
@@ -271,7 +271,6 @@ inline void cp_async_commit() { cuda_emulator::commit_copies(); }
 template <int n>
 inline void cp_async_wait() {
   while (const cuda_emulator::Copy* copy = cuda_emulator::next_landing(n)) {
-    if (!copy->late) continue;
     if (copy->bytes == 16)
       *static_cast<uint4*>(copy->to) = *static_cast<const uint4*>(copy->from);
     else

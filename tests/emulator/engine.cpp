@@ -139,7 +139,6 @@ void fail(const char* format, ...) {
   vsnprintf(what, sizeof what, format, arguments);
   va_end(arguments);
   note(what);
-  release(engine.end_tag);
   pause(true);
   abort();
 }
@@ -163,7 +162,8 @@ static void complete_barrier() {
 static void body() {
   begun();
   acquire(engine.begin_tag);
-  acquire(engine.sets[engine.set].tag);
+  Set& set = engine.sets[engine.set];
+  acquire(set.tags[set.block % 2]);
   engine.thread(engine.arguments);
   Lane& lane = self();
   if (lane.first != lane.last) fail("thread %d exits with cp.async copies that it never waited for", lane.id);
@@ -171,7 +171,7 @@ static void body() {
     if (meeting.arrived && meeting.mask >> lane.lane & 1)
       fail("thread %d exits while its warp waits for it at %s", lane.id, meeting.site);
   release(engine.end_tag);
-  release(engine.sets[engine.set].tag);
+  release(set.tags[(set.block + 1) % 2]);
   state_of(lane) = kExited;
   --engine.live;
   complete_barrier();
@@ -210,6 +210,7 @@ void before_atomic() {
 
 static void begin_block(dim3 block, uint3 index) {
   if (kSets > 1) engine.set = (engine.set + 1 + next_random() % 2) % kSets;
+  ++engine.sets[engine.set].block;
   engine.live = engine.threads;
   engine.waiting = 0;
   for (auto& warp : engine.meetings)
@@ -262,10 +263,6 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
   engine.threads = block.x * block.y * block.z;
   block_size = block;
   grid_size = grid;
-  if (engine.dirty)
-    for (Set& set : engine.sets)
-      for (Fiber& fiber : set.fibers) clean(fiber);
-  engine.dirty = false;
   for (Set& set : engine.sets)
     for (int i = 0; i < engine.threads; ++i) make(set.fibers[i], i);
   enter_launch();
@@ -285,7 +282,9 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
   }
   acquire(engine.end_tag);
   current = nullptr;
-  engine.dirty = engine.failure != nullptr;
+  if (engine.failure)
+    for (Set& set : engine.sets)
+      for (Fiber& fiber : set.fibers) abandon(fiber);
   if (config().log) launches.push_back({kernel_name(kernel), grid, block, dynamic_shared, engine.static_shared});
   return engine.failure;
 }

@@ -45,7 +45,8 @@ constexpr int kSets = 1;
 
 struct Set {
   Fiber fibers[kMaxThreads];
-  char tag;
+  int block;     // of its blocks
+  char tags[2];  // from one block to the next
   alignas(4096) char shared[kArena];
 };
 
@@ -71,7 +72,6 @@ struct Engine {
   const void* arguments;
   size_t dynamic_shared, static_shared;
   const char* failure;
-  bool dirty;  // fibers were left in the middle
   uint64_t random;
 };
 extern Engine engine;  // not on the heap: ThreadSanitizer takes each allocation for a write of the thread that makes it

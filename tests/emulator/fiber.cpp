@@ -87,15 +87,18 @@ void prepare(Fiber& fiber, void (*entry)()) {
 #endif
 }
 
-void clean(Fiber& fiber) {
+void abandon(Fiber& fiber) {
+  if (!fiber.stack) return;
 #if defined(__SANITIZE_ADDRESS__)
-  if (fiber.stack) __asan_unpoison_memory_region(fiber.stack, fiber.size);
+  __asan_unpoison_memory_region(fiber.stack, kStack);
 #endif
 #if defined(CUDA_EMULATOR_TSAN)
-  if (fiber.tsan) __tsan_destroy_fiber(fiber.tsan);
+  if (!fiber.tsan) return;
+  __tsan_switch_to_fiber(fiber.tsan, 1);
+  __tsan_switch_to_fiber(scheduler.tsan, 0);  // orders
+  __tsan_destroy_fiber(fiber.tsan);
   fiber.tsan = nullptr;
 #endif
-  (void)fiber;
 }
 
 static void arrived(void* stash) {

@@ -24,8 +24,8 @@ struct Fiber {
 
 extern Fiber scheduler;  // the stack of the OS thread that launches
 
-void make(Fiber& fiber, int id);              // its stack, the first time
-void clean(Fiber& fiber);                     // whatever it was doing when it stopped is forgotten
+void make(Fiber& fiber, int id);  // its stack, the first time
+void abandon(Fiber& fiber);       // it will not go on: what it did lies before what its launch's caller does
 void prepare(Fiber& fiber, void (*entry)());  // the next change to it begins `entry` anew, which first calls `begun`
 void begun();
 void change(Fiber& from, Fiber& to, bool for_good = false);

@@ -98,7 +98,7 @@ bool issue_copy(void* to, const void* from, int bytes) {
   if (to < memory || to >= memory + kArena) fail("cp_async%d: the destination is not shared memory", bytes);
   if (lane.last - lane.first == kMaxCopies) fail("thread %d: wanted at most %d copies under way", lane.id, kMaxCopies);
   const bool late = engine.schedule == kForward || (engine.schedule != kReverse && next_random() & 1);
-  engine.copies[lane.id][lane.last++ % kMaxCopies] = {to, from, bytes, lane.group, late};
+  engine.copies[lane.id][lane.last++ % kMaxCopies] = {to, from, bytes, lane.group};
   return late;
 }
 

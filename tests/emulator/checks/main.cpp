@@ -1,8 +1,9 @@
-// checks NAME: runs one kernel, says "as wanted", "wrong: ..." or "failed: ...". checks threads: launches from four OS
-// threads.
+// checks NAME...: runs these kernels, each says "NAME: as wanted", "NAME: wrong, ..." or "NAME: failed, ...".
+// checks threads: every right kernel, from four OS threads at a time. checks log: what the right kernels launch.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -25,12 +26,13 @@ static bool run(const Check& check) {
   Call call = {};
   check.run(call, {out, in, counter});
   bool right = !call.failure;
-  if (call.failure) std::printf("failed: %s\n", call.failure);
+  std::string end = right ? "as wanted" : std::string("failed, ") + call.failure;
   for (int i = 0; right && i < kNumbers; ++i) {
     if (out[i] == check.wanted(i)) continue;
-    std::printf("wrong: out[%d] is %g, wanted %g\n", i, out[i], check.wanted(i));
+    end = "wrong, out[" + std::to_string(i) + "] is " + std::to_string(out[i]);
     right = false;
   }
+  std::printf("%s: %s\n", check.name, end.c_str());
   std::free(out), std::free(in), std::free(counter);
   return right;
 }
@@ -47,25 +49,31 @@ static bool run_from_threads() {
   return right[0] && right[1] && right[2] && right[3];
 }
 
+static void log_launches() {
+  cuda_emulator::config().log = true;
+  for (int i = 0; i < kRightCount; ++i) run(kRight[i]);
+  std::puts("launches");
+  for (const cuda_emulator::Launch& l : cuda_emulator::take_launches())
+    std::printf("%s %ux%ux%u %ux%ux%u %zu %zu\n", l.kernel, l.grid.x, l.grid.y, l.grid.z, l.block.x, l.block.y,
+                l.block.z, l.dynamic_shared, l.static_shared);
+}
+
 }  // namespace tokenflow_ext
 
 int main(int argc, char** argv) {
   using namespace tokenflow_ext;
-  const char* const name = argc > 1 ? argv[1] : "";
-  if (!std::strcmp(name, "names")) {
-    for (int i = 0; i < kWrongCount; ++i) std::printf("wrong %s\n", kWrong[i].name);
-    for (int i = 0; i < kRightCount; ++i) std::printf("right %s\n", kRight[i].name);
-    return 0;
+  bool right = argc > 1;
+  for (int i = 1; i < argc; ++i) {
+    const Check* check = find(kWrong, kWrongCount, argv[i]);
+    if (!check) check = find(kRight, kRightCount, argv[i]);
+    if (check)
+      right &= run(*check);
+    else if (!std::strcmp(argv[i], "threads"))
+      right &= run_from_threads();
+    else if (!std::strcmp(argv[i], "log"))
+      log_launches();
+    else
+      return std::fprintf(stderr, "no such check: %s\n", argv[i]), 3;
   }
-  bool right;
-  if (!std::strcmp(name, "threads")) {
-    right = run_from_threads();
-  } else {
-    const Check* check = find(kWrong, kWrongCount, name);
-    if (!check) check = find(kRight, kRightCount, name);
-    if (!check) return std::fprintf(stderr, "no such check: %s\n", name), 3;
-    right = run(*check);
-  }
-  if (right) std::puts("as wanted");
   return !right;
 }

@@ -190,13 +190,16 @@ CHECK_KERNEL(numbers_rounded) {
 }
 
 CHECK_KERNEL(keys_in_order) {
-  const float rising[] = {-INFINITY, -3e38f, -1.5f, -1e-42f, 0.0f, 1e-42f, 2.0f, 3e38f, INFINITY};
-  float right = key_of(0.0f, 4) == key_of(-0.0f, 4) && key_of(NAN, 4) == key_of(INFINITY, 4);
-  right += key_of(INFINITY, ~0u) < kNoKey;
-  for (int i = 0; i < 9; ++i) {
+  const float rising[] = {-INFINITY, -3e38f, -1.5f, -1e-42f, 0.0f, 1e-42f, 2.0f, 3e38f, INFINITY, NAN};
+  const unsigned last = 0x7fffffffu;
+  float right = key_of(NAN, last) < kNoKey;
+  right += key_of(0.0f, 4) < key_of(-0.0f, 5) && key_of(-0.0f, 4) < key_of(0.0f, 5);
+  right += 1 / score_of(key_of(-0.0f, 4)) == -INFINITY && 1 / score_of(key_of(0.0f, 4)) == INFINITY;
+  for (int i = 0; i < 10; ++i) {
     const u64 key = key_of(rising[i], 7 + i);
-    right += score_of(key) == rising[i] && id_of(key) == 7u + i && key < key_of(rising[i], 8 + i);
-    right += i == 0 || key_of(rising[i - 1], ~0u) < key;
+    const float score = score_of(key);
+    right += (score == rising[i] || i == 9) && id_of(key) == 7u + i && key < key_of(rising[i], 8 + i);
+    right += i == 0 || key_of(rising[i - 1], last) < key_of(rising[i], 0);
   }
   out[threadIdx.x] = right;
 }
@@ -233,7 +236,7 @@ const Check kRight[] = {
                    : 0),
     CHECK(numbers_of_16_bits, 1, 256, 0, 512),
     CHECK(numbers_rounded, 1, 256, 0, 1),
-    CHECK(keys_in_order, 1, 256, 0, 1 + 1 + 9 + 9),
+    CHECK(keys_in_order, 1, 256, 0, 3 + 10 + 10),
 };
 const int kRightCount = sizeof kRight / sizeof *kRight;
 
