@@ -13,6 +13,7 @@ TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 #define TOKENFLOW_CUDA_OP(name) def_op(m, #name, cuda::name, on_cuda)
 
 inline void bind_cuda_ops(pybind11::module_& m) {
+  TOKENFLOW_CUDA_OP(nearest_code);
 }
 
 }  // namespace tokenflow_ext
