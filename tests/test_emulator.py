@@ -12,6 +12,7 @@ import pytest
 from emulator.programs import MODES, ROOT, SCHEDULES, build, places, run
 
 CHECKS = ROOT / "tests/emulator/checks"
+SOURCES = {CHECKS / name: (f"-I{CHECKS}",) for name in ("wrong.cu", "right.cu", "main.cpp")}
 
 FAILS = {
     "barrier_in_two_branches": r"is at the __syncthreads of \S+wrong.cu:(\d+) .*others wait at that of \S+wrong.cu:(?!\1 )",
@@ -166,7 +167,6 @@ def test_launches_are_logged(checks):
 
 
 def test_the_fallback_for_other_processors():
-    sources = [CHECKS / name for name in ("wrong.cu", "right.cu", "main.cpp")]
-    program = build("ucontext", "plain", sources, f"-I{CHECKS}", emulator=("-DCUDA_EMULATOR_UCONTEXT",))
+    program = build("ucontext", "plain", SOURCES, emulator=("-DCUDA_EMULATOR_UCONTEXT",))
     assert run(program, *names("right"), schedule="threads").code == 0
     assert "deadlock" in run(program, "barrier_that_some_skip", schedule="threads").text

@@ -2,6 +2,10 @@
 #pragma once
 #include <stdint.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace tokenflow_ext {
 
 enum Type : int { kNone = -1, kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3, kInt64 = 4, kUInt8 = 5 };
@@ -91,11 +95,17 @@ struct Call {
   const char* failure;      // CUDA: the first error of a launch, which Python raises as RuntimeError
 };
 
-// The next `count` numbers of scratch, aligned to cache lines; no pointer to use while counting.
+// The next `count` numbers of scratch, aligned to cache lines; no pointer to use while counting. AddressSanitizer keeps
+// the pieces apart, and guards what lies between them.
 template <class T>
 static inline T* take(Call& call, int64_t count) {
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
   char* const here = call.counting ? nullptr : call.scratch + call.taken;
-  call.taken += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  call.taken += (bytes + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+  call.taken += 64;
+  if (here) __asan_poison_memory_region(here + bytes, (bytes + 63) / 64 * 64 + 64 - bytes);
+#endif
   return reinterpret_cast<T*>(here);
 }
 

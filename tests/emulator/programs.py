@@ -49,23 +49,22 @@ def native() -> list[str]:
 
 
 @functools.cache
-def compiled(source: Path, mode: str, csrc: Path, flags: tuple[str, ...]) -> Path:
+def compiled(source: Path, mode: str, flags: tuple[str, ...]) -> Path:
     """The object file of one source."""
     own = MODES[mode][source in EMULATOR]
-    command = [COMPILER, *FLAGS, *native(), f"-I{csrc}", *own, *flags, "-c", "-x", "c++", str(source)]
+    command = [COMPILER, *FLAGS, *native(), *own, *flags, f"-I{ROOT / 'csrc'}", "-c", "-x", "c++", str(source)]
     made = Path(FOLDER.name) / f"{zlib.crc32(' '.join(command).encode()):08x}-{source.stem}.o"
     done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
     return made
 
 
-def build(name: str, mode: str, sources: list[Path], *flags: str, csrc: Path = ROOT / "csrc", emulator=()) -> Path:
+def build(name: str, mode: str, sources: dict[Path, tuple[str, ...]], emulator: tuple[str, ...] = ()) -> Path:
     """The program of these sources, with their flags, and the emulator, with its own; nothing is compiled twice."""
     program = Path(FOLDER.name) / f"{name}-{mode}"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = [(source, mode, ROOT / "csrc", emulator) for source in EMULATOR]
-        parts += [(source, mode, csrc, flags) for source in sources]
-        objects = pool.map(lambda part: compiled(*part), parts)
+        parts = {**dict.fromkeys(EMULATOR, emulator), **sources}.items()
+        objects = pool.map(lambda part: compiled(part[0], mode, part[1]), parts)
     command = [COMPILER, *map(str, objects), *MODES[mode][0], "-ldl", "-pthread", "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"

@@ -148,7 +148,12 @@ def replay(program: list[str], calls: list[Call], folder: Path, threads: int, **
         text=True,
     )
     assert done.returncode == 0, f"{done.returncode}: {done.stdout}\n{done.stderr}"
-    data, at, made = results.read_bytes(), 0, []
+    return done.stdout.strip(), read_results(results, calls)
+
+
+def read_results(file: Path, calls: list[Call]) -> list[tuple]:
+    """Per call its (error, counts, buffers) from a file of results."""
+    data, at, made = file.read_bytes(), 0, []
 
     def take(size: int) -> bytes:
         nonlocal at
@@ -160,7 +165,7 @@ def replay(program: list[str], calls: list[Call], folder: Path, threads: int, **
         error = take(struct.unpack("<q", take(8))[0]).decode()
         made.append((error, struct.unpack("<2q", take(16)), [take(len(before)) for before in call.before]))
     assert at == len(data)
-    return done.stdout.strip(), made
+    return made
 
 
 def _plain(content: bytes, dtype: int) -> np.ndarray:

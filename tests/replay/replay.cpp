@@ -2,7 +2,8 @@
 //   replay CALLS RESULTS [THREADS]
 // For processors that only an emulator has, and for sanitizers, which see the kernels alone. tests/replay/__init__.py
 // records the calls and describes both files; a tensor gets memory of exactly its size, as far off a cache line as the
-// recorded one lay. The list of ops is that of csrc/bindings.cpp, collected by CMake.
+// recorded one lay. The list of ops is that of csrc/bindings.cpp, collected by CMake; or, for the CUDA kernels in emulation,
+// that of csrc/cuda/bindings.h (tests/emulator/programs.py).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -13,9 +14,20 @@
 
 #include "common/multiscale_ops.h"
 #include "common/ops.h"
+#ifndef TOKENFLOW_EMULATED
 #include "cpu/isa.h"
+#endif
 
 namespace tokenflow_ext {
+#if defined(TOKENFLOW_EMULATED)
+namespace cuda {
+TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
+}
+#define TOKENFLOW_CUDA_OP(name) \
+  if (call.op == #name) return call.make(cuda::name)
+static const char* const kIsaNames[] = {"cuda"};
+static int choose_isa(std::string*) { return 0; }
+#else
 namespace baseline {
 TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 }
@@ -31,6 +43,7 @@ TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 #else
 #define TOKENFLOW_OP(name) \
   if (call.op == #name) return call.make(baseline::name)
+#endif
 #endif
 
 [[noreturn]] static void fail(const char* what) {
@@ -122,10 +135,14 @@ struct Record {
     call.size = call.taken;
     call.taken = 0;
     call.counting = false;
+#if defined(TOKENFLOW_EMULATED)
+    call.counts = counts;
+#endif
     run(call);
+    if (call.failure) fail(call.failure);
     std::free(scratch);
-    counts[0] = call.ids_outside;
-    counts[1] = call.rows_not_finite;
+    counts[0] += call.ids_outside;
+    counts[1] += call.rows_not_finite;
     return nullptr;
   }
 

@@ -1,0 +1,67 @@
+"""The CUDA kernels as a program: recorded calls of the ops replayed on them, in each mode, whole or as a mutant."""
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+from replay import Call, differences, read_results
+
+from emulator.mutants import CUDA, Mutant
+from emulator.programs import FOLDER, ROOT, Ran, build, run
+
+DOOR = (CUDA / "bindings.h").read_text()
+OPS = re.findall(r"TOKENFLOW_CUDA_OP\((\w+)\);", DOOR)
+"""The ops that have kernels."""
+KERNELS = sorted(file for file in CUDA.glob("*.cu") if file.name != "device.cu")
+
+
+def program(mode: str, mutant: Mutant | None = None) -> Path:
+    """tests/replay/replay.cpp with all kernels."""
+    folder = Path(FOLDER.name)
+    (folder / "ops.inc").write_text("".join(f"TOKENFLOW_CUDA_OP({op});\n" for op in OPS))
+    sources = {**dict.fromkeys(KERNELS, ()), ROOT / "tests/replay/replay.cpp": (f"-I{folder}",)}
+    if mutant is None:
+        return build("replay", mode, sources)
+    return build(f"replay-{mutant.file.name}-{mutant.start}", mode, mutant.change(sources))
+
+
+def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
+    """How the program ended, and per call (error, counts, buffers) where it came to its end."""
+    file, results = Path(f"{program}.calls"), Path(f"{program}.results")
+    file.write_bytes(b"".join(call.encoded for call in calls))
+    ran = run(program, str(file), str(results), **schedule)
+    return ran, read_results(results, calls) if ran.code == 0 else []
+
+
+def expecting(calls: list[Call], made: list) -> list[Call]:
+    """The calls with these results in place of the recorded ones."""
+    return [
+        replace(call, error=error, counts=counts, after=buffers)
+        for call, (error, counts, buffers) in zip(calls, made, strict=True)
+    ]
+
+
+def noticed(program: Path, calls: list[Call], **schedule) -> str:
+    """What is wrong about a run: an error, a sanitizer's finding, other results than expected; "" where nothing is."""
+    try:
+        ran, made = replay(program, calls, **schedule)
+    except subprocess.TimeoutExpired:
+        return "does not end"
+    if ran.code:
+        found = re.search(r"^.*(ThreadSanitizer:|AddressSanitizer:|runtime error:|replay: ).*$", ran.text, re.MULTILINE)
+        return found[0].strip() if found else f"ended with {ran.code}"
+    return next(iter(differences(calls, made)), "")
+
+
+def caught(mutant: Mutant, calls: list[Call]) -> str:
+    """How a mutant is noticed: as a race, or by its numbers under some schedule; "" where it is not."""
+    races = program("races", mutant)
+    for schedule in ("forward", "threads"):
+        if found := noticed(races, calls, schedule=schedule):
+            return found
+    plain = program("plain", mutant)
+    for schedule, seed in (("reverse", 1), ("warps", 1), ("threads", 2), ("threads", 3)):
+        if found := noticed(plain, calls, schedule=schedule, seed=seed):
+            return found
+    return ""

@@ -1,0 +1,104 @@
+"""Small problems that take the CUDA kernels through every launch and branch, for the modes that run them slowly."""
+
+import warnings
+
+import torch
+from harness import METRICS, normal
+from multiscale_cases import MODES, SCALES, case, decoding
+from replay import Call, record
+from replay.problems import gradients, rows, table
+
+from emulator.kernels import OPS
+from tokenflow_ext import ops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def search() -> None:
+    for metric in METRICS:
+        for n, k, width in ((1, 1, 1), (33, 31, 8), (5, 700, 40), (140, 130, 5), (0, 4, 3), (20, 40, 257)):
+            x, codebook = rows(n, width, seed=k, dtype=torch.float32), table(k, width, seed=n + 1)
+            ops.nearest_code(x, codebook, metric=metric, return_scores=True)
+            if k > 100:
+                ops.nearest_code(x, codebook, metric=metric, topk=7, window=(3, k - 2), return_scores=True)
+    for dtype in FLOATS:
+        x, codebook = rows(37, 2, 9, seed=1, dtype=dtype), table(2, 131, 9, seed=2)
+        ops.nearest_code(x, codebook)
+        ops.nearest_code(x[1:], codebook, topk=3)
+        ops.shared_nearest_code(
+            [x[:, 0], x[:, 1, :5]], [codebook[0], codebook[1, :, :5].contiguous()], weights=(1, 0.3)
+        )
+
+
+def quantizing() -> None:
+    for metric in METRICS:
+        for n, groups, k, width in ((1, 1, 1, 1), (37, 2, 71, 9), (140, 1, 300, 8)):
+            x, codebook = rows(n, groups, width, seed=4, dtype=torch.float32), table(groups, k, width, seed=5)
+            x.requires_grad_(), codebook.requires_grad_()
+            gradients(ops.quantize(x, codebook, metric=metric), [x, codebook], seed=6)
+    for dtype in FLOATS:
+        xs = [rows(70, w, seed=7 + w, dtype=dtype).requires_grad_() for w in (6, 3)]
+        tables = [table(99, w, seed=8 + w).requires_grad_() for w in (6, 3)]
+        out = ops.shared_quantize(xs, tables, weights=(1, 0.3))
+        gradients([*out.quantized, out.loss], xs + tables, seed=9)
+
+
+def statistics() -> None:
+    for dtype in FLOATS:
+        x, ids = rows(300, 9, seed=10, dtype=dtype), torch.arange(300) * 7919 % 61
+        ops.normalize_rows(x)
+        gradients([ops.normalize_rows(x.requires_grad_())], [x], seed=3)
+        counts, sums = ops.code_statistics(x.detach(), ids, 64)
+        for metric, mean in (("cosine", False), ("l2", False), ("cosine", True)):
+            state = table(64, 9, seed=11), torch.ones(64), sums.nan_to_num().clone()
+            ops.ema_update_(*state, counts, sums, decay=0.9, metric=metric, normalize_mean=mean)
+        codebook = table(2, 61, 5, seed=12, dtype=dtype).requires_grad_()
+        gradients([ops.lookup(torch.stack([ids, ids.flip(0)], -1), codebook)], [codebook], seed=13)
+    # More codes than a digit of the sort has, more rows than a block sorts, one code with most of them.
+    ids = torch.where(torch.arange(2500) % 3 == 0, torch.arange(2500) % 700, 5)
+    ops.code_statistics(normal(2500, 2, seed=14), ids, 700)
+
+
+def softmaxes() -> None:
+    for metric in METRICS:
+        x, codebook = rows(37, 2, 9, seed=20, dtype=torch.float32), table(2, 131, 9, seed=21)
+        x.requires_grad_(), codebook.requires_grad_()
+        gradients(ops.entropy_loss(x, codebook, metric=metric, temperature=0.3), [x, codebook], seed=22)
+    inputs = [rows(40, 9, seed=23, dtype=torch.float32), table(131, 9, seed=24), table(131, 5, seed=25)]
+    inputs = [t.requires_grad_() for t in inputs]
+    gradients(ops.soft_quantize(*inputs), inputs, seed=26)
+
+
+def multiscale() -> None:
+    for grid, mode in [*((g, m) for g in ("square", "oblong") for m in MODES), *((g, "phi") for g in SCALES)]:
+        dtype = torch.bfloat16 if mode == "cosine" else torch.float32
+        features, codebooks, options = case(grid, mode, dtype)
+        codebooks = [codebook.float() for codebook in codebooks]
+        if grid == "oblong":
+            features[0, 1, 2, 3], codebooks[0][5] = float("nan"), codebooks[0][2]
+        leaves = [t.requires_grad_() for t in (features, *codebooks)]
+        if "phi" in options:
+            leaves += [options["phi"][0].requires_grad_(), options["phi"][1].requires_grad_()]
+        out = ops.multiscale_quantize(features, codebooks, **options)
+        gradients(out, leaves, seed=14)
+        ids, how = out.indices, decoding(options, features.shape[2:])
+        gradients([ops.multiscale_rows(features, ids, codebooks, **options)], [features], seed=15)
+        gradients([ops.multiscale_decode(ids, codebooks, **how)], leaves[1:], seed=16)
+        gradients([ops.multiscale_inputs(ids, codebooks, rule="accumulate", **how)], leaves[1:], seed=17)
+        if "phi" not in options and len(options["scales"]) > 1:
+            gradients([ops.multiscale_inputs(ids, codebooks, rule="chain", **how)], codebooks, seed=18)
+
+
+def recorded() -> list[Call]:
+    """The calls of all problems of ops that have kernels, short ones first."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
+    try:
+        with warnings.catch_warnings(), record() as calls:
+            warnings.simplefilter("ignore")
+            for part in (search, quantizing, statistics, softmaxes, multiscale):
+                part()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    silent = set(OPS) - {call.op for call in calls}
+    assert not silent, f"ops that no problem calls: {sorted(silent)}"
+    return sorted((call for call in calls if call.op in OPS), key=lambda call: sum(map(len, call.before)))
