@@ -161,17 +161,16 @@ static void complete_barrier() {
 // The life of a thread.
 static void body() {
   begun();
-  acquire(engine.begin_tag);
-  Set& set = engine.sets[engine.set];
-  acquire(set.tags[set.block % 2]);
-  engine.thread(engine.arguments);
   Lane& lane = self();
+  if (lane.fiber->launch != engine.launch) acquire(engine.begin_tag);
+  lane.fiber->launch = engine.launch;
+  engine.thread(engine.arguments);
   if (lane.first != lane.last) fail("thread %d exits with cp.async copies that it never waited for", lane.id);
   for (const Rendezvous& meeting : engine.meetings[lane.warp])
     if (meeting.arrived && meeting.mask >> lane.lane & 1)
       fail("thread %d exits while its warp waits for it at %s", lane.id, meeting.site);
-  release(engine.end_tag);
-  release(set.tags[(set.block + 1) % 2]);
+  Set& set = engine.sets[engine.set];
+  if (lane.shares) release(set.tags[(set.block + 1) % 2]);
   state_of(lane) = kExited;
   --engine.live;
   complete_barrier();
@@ -209,7 +208,7 @@ void before_atomic() {
 }
 
 static void begin_block(dim3 block, uint3 index) {
-  if (kSets > 1) engine.set = (engine.set + 1 + next_random() % 2) % kSets;
+  if (engine.sets_used > 1) engine.set = (engine.set + 1 + next_random() % (engine.sets_used - 1)) % engine.sets_used;
   ++engine.sets[engine.set].block;
   engine.live = engine.threads;
   engine.waiting = 0;
@@ -228,6 +227,7 @@ static void begin_block(dim3 block, uint3 index) {
     engine.order[i] = engine.schedule == kReverse ? engine.threads - 1 - i : i;
     lane.site = nullptr;
     lane.first = lane.last = lane.group = 0;
+    lane.shares = false;
     lane.fiber = &engine.sets[engine.set].fibers[i];
     prepare(*lane.fiber, body);
   }
@@ -259,6 +259,7 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
   engine.dynamic_shared = dynamic_shared;
   engine.static_shared = 0;
   engine.failure = nullptr;
+  ++engine.launch;
   engine.random = (config().seed + 1) * 0x9e3779b97f4a7c15ull | 1;
   engine.threads = block.x * block.y * block.z;
   block_size = block;
@@ -268,6 +269,8 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
   enter_launch();
   release(engine.begin_tag);
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  engine.sets_used = kSets == 1 || blocks == 1 ? 1 : engine.threads > 256 ? 2 : kSets;
+  engine.set = 0;
   std::vector<uint32_t> order;
   if (engine.schedule >= kRandomThreads) {
     order.resize(blocks);
@@ -280,11 +283,14 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
                         static_cast<unsigned>(b / grid.x / grid.y)});
     run_block();
   }
-  acquire(engine.end_tag);
   current = nullptr;
   if (engine.failure)
     for (Set& set : engine.sets)
       for (Fiber& fiber : set.fibers) abandon(fiber);
+  for (Set& set : engine.sets)
+    for (int i = 0; i < engine.threads; ++i)
+      if (set.fibers[i].launch == engine.launch) leave_launch(set.fibers[i], engine.end_tag);
+  acquire(engine.end_tag);
   if (config().log) launches.push_back({kernel_name(kernel), grid, block, dynamic_shared, engine.static_shared});
   return engine.failure;
 }

@@ -33,10 +33,12 @@ struct Lane : Thread {
   int from, width;
   // cp.async: copies [first, last) are under way, `group` is the one not yet committed.
   int first, last, group;
+  bool shares;  // has used shared memory
 };
 
-// ThreadSanitizer sees what it is told, and memory that two blocks use would look shared by them. So blocks alternate
-// between sets of stacks and shared memory, and only blocks on one set are ordered.
+// Memory that two blocks use would look shared by them to ThreadSanitizer, and fibers are too dear to have one for
+// every thread of a grid. So blocks alternate between sets of fibers, each with its own shared memory; blocks of one
+// set are ordered where they use it.
 #if defined(CUDA_EMULATOR_TSAN)
 constexpr int kSets = 3;
 #else
@@ -46,7 +48,7 @@ constexpr int kSets = 1;
 struct Set {
   Fiber fibers[kMaxThreads];
   int block;     // of its blocks
-  char tags[2];  // from one block to the next
+  char tags[2];  // from what a block did in shared memory to what the next does
   alignas(4096) char shared[kArena];
 };
 
@@ -57,7 +59,7 @@ struct Engine {
   Copy copies[kMaxThreads][kMaxCopies];
   Rendezvous meetings[kMaxThreads / 32][kMaxGroups];
   Set sets[kSets];
-  int set;
+  int set, sets_used;
   int threads, live;
   // The barrier of the block: who waits, for what.
   int waiting, parity;
@@ -66,6 +68,7 @@ struct Engine {
   int meeting_count[kMaxThreads / 32];
   char barrier_tags[2], warp_tags[kMaxThreads / 32][8], fence_tag, begin_tag, end_tag;
   // The launch.
+  int launch;
   Schedule schedule;
   const void* kernel;
   void (*thread)(const void*);

@@ -98,6 +98,7 @@ void abandon(Fiber& fiber) {
   __tsan_switch_to_fiber(scheduler.tsan, 0);  // orders
   __tsan_destroy_fiber(fiber.tsan);
   fiber.tsan = nullptr;
+  fiber.launch = 0;
 #endif
 }
 
@@ -139,6 +140,15 @@ void enter_launch() {
 #if defined(CUDA_EMULATOR_TSAN)
   scheduler.tsan = __tsan_get_current_fiber();
 #endif
+}
+
+void leave_launch(Fiber& fiber, char& tag) {
+#if defined(CUDA_EMULATOR_TSAN)
+  __tsan_switch_to_fiber(fiber.tsan, 1);
+  __tsan_release(&tag);
+  __tsan_switch_to_fiber(scheduler.tsan, 1);
+#endif
+  (void)fiber, (void)tag;
 }
 
 }  // namespace cuda_emulator

@@ -19,6 +19,7 @@ struct Fiber {
   ucontext_t at;
 #endif
   void* tsan;   // ThreadSanitizer's name for it
+  int launch;   // the last that it took part in
   void* stash;  // AddressSanitizer's, while it does not run
 };
 
@@ -30,7 +31,8 @@ void prepare(Fiber& fiber, void (*entry)());  // the next change to it begins `e
 void begun();
 void change(Fiber& from, Fiber& to, bool for_good = false);
 
-// Ordering that ThreadSanitizer has to know of: what was before a release is before what comes after an acquire.
+// Ordering that ThreadSanitizer has to know of: what was before a release is before what comes after an acquire. Each
+// costs it a microsecond or more, as many fibers as there are, and most of its time.
 #if defined(CUDA_EMULATOR_TSAN)
 void release(char& tag);
 void acquire(char& tag);
@@ -38,6 +40,7 @@ void acquire(char& tag);
 inline void release(char&) {}
 inline void acquire(char&) {}
 #endif
-void enter_launch();  // names the OS thread that schedules
+void enter_launch();                         // names the OS thread that schedules
+void leave_launch(Fiber& fiber, char& tag);  // what the fiber did lies before whoever acquires the tag
 
 }  // namespace cuda_emulator

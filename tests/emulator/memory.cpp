@@ -71,14 +71,23 @@ void begin_shared() {
   dynamic_offset = engine.dynamic_shared ? place(engine.dynamic_shared, 16) : 0;
 }
 
+// A thread's way to an array: after what earlier blocks of the set did there.
+static void* enter_shared(size_t offset) {
+  Lane& lane = self();
+  Set& set = engine.sets[engine.set];
+  if (!lane.shares) acquire(set.tags[set.block % 2]);
+  lane.shares = true;
+  return arena() + offset;
+}
+
 void* dynamic_shared() {
   if (!engine.dynamic_shared) fail("DYNAMIC_SHARED in a launch without dynamic shared memory");
-  return arena() + dynamic_offset;
+  return enter_shared(dynamic_offset);
 }
 
 void* static_shared(const void* tag, size_t size, size_t alignment) {
   for (int i = 0; i < array_count; ++i)
-    if (arrays[i].tag == tag) return arena() + arrays[i].offset;
+    if (arrays[i].tag == tag) return enter_shared(arrays[i].offset);
   if (array_count == kMaxArrays) fail("shared arrays: wanted at most %d", kMaxArrays);
   static_bytes += (size + 15) / 16 * 16;
   if (static_bytes > engine.static_shared) engine.static_shared = static_bytes;
@@ -88,7 +97,7 @@ void* static_shared(const void* tag, size_t size, size_t alignment) {
     fail("cudaErrorInvalidValue: %zu bytes of static and %zu of dynamic shared memory, sm_%d has %zu", static_bytes,
          engine.dynamic_shared, config().architecture, shared_limit());
   arrays[array_count] = {tag, place(size, alignment)};
-  return arena() + arrays[array_count++].offset;
+  return enter_shared(arrays[array_count++].offset);
 }
 
 // In a random schedule each copy lands at once or at the wait; forward all at the wait, in reverse all at once.

@@ -26,9 +26,10 @@ FLAGS = [
     "-DTOKENFLOW_ISA=cuda",
     f"-I{ROOT / 'tests/emulator'}",
 ]
+UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=undefined")
 MODES = {
     "plain": (["-O2"], ["-O2"]),
-    "memory": 2 * (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],),
+    "memory": (["-O1", "-g1", "-fsanitize=address", *UNDEFINED], ["-O1", "-fsanitize=address"]),
     "races": (["-O1", "-g", "-fsanitize=thread"], ["-O2", "-DCUDA_EMULATOR_TSAN"]),
 }
 """Flags of the kernels and of the emulator: ThreadSanitizer must not see the emulator, which tells it what it needs."""
