@@ -14,6 +14,10 @@ TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 
 inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(nearest_code);
+  TOKENFLOW_CUDA_OP(lookup);
+  TOKENFLOW_CUDA_OP(lookup_backward);
+  TOKENFLOW_CUDA_OP(code_statistics);
+  TOKENFLOW_CUDA_OP(ema_update);
 }
 
 }  // namespace tokenflow_ext

@@ -23,7 +23,7 @@ static __global__ void __launch_bounds__(kSumThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   const int64_t row = quotient(i, pieces), piece = i - row * pieces;
   if (row >= count) return;
-  const int64_t id = indices[row], g = row - quotient(row, groups) * groups;
+  const int64_t id = indices[row], g = group_of(row, groups);
   if (id >= 0 && id < codes) {
     rows[i] = codebook[(g * codes + id) * pieces + piece];
     return;
@@ -80,6 +80,8 @@ Error lookup_backward(Call& call, View indices, View grad_rows, View grad_codebo
   if (indices.shape[1] != groups || grad_rows.shape[0] != rows || grad_rows.shape[1] != groups ||
       grad_rows.shape[2] != grad_codebook.shape[2] || grad_codebook.type != grad_rows.type || codes < 1)
     return "lookup_backward: wanted gradients that fit the rows";
+  if (grad_rows.type == kFloat64)
+    return "lookup_backward: grad_rows: wanted float32, float16 or bfloat16 on CUDA, got float64";
   if (rows * groups > kMostRows || codes > kMostRows)
     return "lookup_backward: wanted at most 2^31 indices and codes on CUDA";
   const Sums sums = take_sums(call, rows, groups, codes, grad_rows.shape[2]);

@@ -13,6 +13,7 @@ constexpr int kTeam = 8;
 constexpr int kTeamThreads = 256;
 constexpr int kTeamRows = kTeamThreads / kTeam;  // of a block
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int64_t kMostRows = int64_t{1} << 31;  // of all groups, and codes: they are counted in 32 bits
 
 static inline dim3 blocks_for(int64_t items, int64_t each) {
   return dim3(static_cast<unsigned>((items + each - 1) / each));
@@ -21,10 +22,15 @@ static inline dim3 blocks_for(int64_t items, int64_t each) {
 static __device__ inline int lane_of_team() { return static_cast<int>(threadIdx.x) % kTeam; }
 static __device__ inline int team_of_block() { return static_cast<int>(threadIdx.x) / kTeam; }
 
-// a / b for a >= 0, b > 0; the hardware's way where both have 32 bits.
+// a / b for a >= 0, b > 0; the short way where both have 32 bits.
 static __device__ inline int64_t quotient(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
   return a / b;
+}
+
+// Of n G + g.
+static __device__ inline int64_t group_of(int64_t row, int64_t groups) {
+  return static_cast<unsigned>(row) % static_cast<unsigned>(groups);
 }
 
 // Whether any lane of the team says so.

@@ -190,4 +190,8 @@ void sort_rows(Call& call, const Sums& sums) {
   launch(call, starts_kernel, blocks_for(sums.groups * (sums.codes + 1), kSumThreads), dim3(kSumThreads), 0, sums);
 }
 
+void sum_rows(Call& call, const Sums& sums, const PlainRows& rows, const SumsOut& out) {
+  sum_rows_of(call, sums, rows, out);
+}
+
 TOKENFLOW_END

@@ -21,9 +21,8 @@
 
 TOKENFLOW_BEGIN
 
-constexpr unsigned kNoCode = 0xffffffffu;        // key of a row that is left out
-constexpr int64_t kMostRows = int64_t{1} << 31;  // N G, and K: positions and codes have 32 bits
-constexpr int64_t kChunk = 512;                  // rows of a code that one thread adds
+constexpr unsigned kNoCode = 0xffffffffu;  // key of a row that is left out
+constexpr int64_t kChunk = 512;            // rows of a code that one thread adds
 constexpr int kSumThreads = 256;
 
 struct Sums {
@@ -51,12 +50,7 @@ void sort_rows(Call& call, const Sums& sums);
 static __device__ inline unsigned row_of(u64 pair) { return static_cast<unsigned>(pair); }
 static __device__ inline unsigned code_of(u64 pair) { return static_cast<unsigned>(pair >> 32); }
 
-// Any float type in double.
-static __device__ inline double wide_number(const void* data, Type type, int64_t i) {
-  return type == kFloat64 ? static_cast<const double*>(data)[i] : number(data, type, i);
-}
-
-// Rows [N, G, C] of any float type, as they are.
+// Rows [N, G, C] as they are.
 struct PlainRows {
   const void* data;
   Type type;
@@ -66,14 +60,14 @@ struct PlainRows {
   struct Column {
     const PlainRows& rows;
     int64_t at;
-    __device__ double operator()(unsigned row) const {
-      return wide_number(rows.data, rows.type, row * rows.groups * rows.channels + at);
+    __device__ float operator()(unsigned row) const {
+      return number(rows.data, rows.type, row * rows.groups * rows.channels + at);
     }
   };
   __device__ Column column(int64_t g, int64_t c, unsigned row) const { return {*this, g * channels + c}; }
 };
 
-// The sums [G, K, C], of a float type, and the rows of every code [G, K] where they are wanted.
+// The sums [G, K, C], and how many rows each code has [G, K], or null.
 struct SumsOut {
   void* sums;
   Type type;
@@ -81,19 +75,19 @@ struct SumsOut {
 };
 
 // at(from) + ... + at(to - 1) in order, eight or four of them on their way at a time. A zero more changes no bit.
-template <class At>
+template <class T, class At>
 static __device__ inline double add_in_order(int64_t from, int64_t to, At at) {
   double sum = 0;
   int64_t i = from;
   for (; i + 8 <= to; i += 8) {
-    double value[8];
+    T value[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) value[j] = at(i + j);
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum += value[j];
   }
   for (; i < to; i += 4) {
-    double value[4];
+    T value[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) value[j] = i + j < to ? at(i + j) : 0;
 #pragma unroll
@@ -105,7 +99,7 @@ static __device__ inline double add_in_order(int64_t from, int64_t to, At at) {
 // chunks[g, window, 0 or 1, c] = the sum of a chunk that begins in that window of kChunk sorted rows: 0, of the code of
 // the window's first row; 1, of a code that begins later and has the window's last row.
 template <class Rows>
-static __global__ void __launch_bounds__(kSumThreads) chunk_kernel(Sums sums, Rows rows) {
+static __global__ void __launch_bounds__(kSumThreads, 4) chunk_kernel(Sums sums, Rows rows) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x, slots = 2 * sums.windows();
   const int64_t place = quotient(i, sums.channels), c = i - place * sums.channels;
   const int64_t g = quotient(place, slots), slot = place - g * slots;
@@ -123,12 +117,12 @@ static __global__ void __launch_bounds__(kSumThreads) chunk_kernel(Sums sums, Ro
   if (from >= end) return;
   const int64_t to = from + kChunk < end ? from + kChunk : end;
   const auto column = rows.column(g, c, row_of(sorted[from]));
-  sums.chunks[i] = add_in_order(from, to, [&](int64_t j) { return static_cast<double>(column(row_of(sorted[j]))); });
+  sums.chunks[i] = add_in_order<float>(from, to, [&](int64_t j) { return column(row_of(sorted[j])); });
 }
 
 // The sum of every (code, channel).
 template <class Rows>
-static __global__ void __launch_bounds__(kSumThreads) sum_kernel(Sums sums, Rows rows, SumsOut out) {
+static __global__ void __launch_bounds__(kSumThreads, 4) sum_kernel(Sums sums, Rows rows, SumsOut out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   const int64_t at = quotient(i, sums.channels), c = i - at * sums.channels;
   const int64_t g = quotient(at, sums.codes), code = at - g * sums.codes;
@@ -139,29 +133,28 @@ static __global__ void __launch_bounds__(kSumThreads) sum_kernel(Sums sums, Rows
   double sum = 0;
   if (end - begin > kChunk) {
     const double* chunks = sums.chunks + g * sums.windows() * 2 * sums.channels + c;
-    sum = add_in_order(0, (end - begin + kChunk - 1) / kChunk, [&](int64_t j) {
+    sum = add_in_order<double>(0, (end - begin + kChunk - 1) / kChunk, [&](int64_t j) {
       const int64_t window = (begin + j * kChunk) / kChunk;
       return chunks[(2 * window + (begin > window * kChunk)) * sums.channels];
     });
   } else if (end > begin) {
     const auto column = rows.column(g, c, row_of(sorted[begin]));
-    sum = add_in_order(begin, end, [&](int64_t j) { return static_cast<double>(column(row_of(sorted[j]))); });
+    sum = add_in_order<float>(begin, end, [&](int64_t j) { return column(row_of(sorted[j])); });
   }
-  if (out.type == kFloat64)
-    static_cast<double*>(out.sums)[i] = sum;
-  else
-    set_number(out.sums, out.type, i, static_cast<float>(sum));
+  set_number(out.sums, out.type, i, static_cast<float>(sum));
   if (out.counts && c == 0) out.counts[at] = static_cast<float>(end - begin);
 }
 
-// After sort_rows.
+// After sort_rows; for rows that are not PlainRows.
 template <class Rows>
-static void sum_rows(Call& call, const Sums& sums, const Rows& rows, const SumsOut& out) {
+static void sum_rows_of(Call& call, const Sums& sums, const Rows& rows, const SumsOut& out) {
   const dim3 block(kSumThreads);
   launch(call, chunk_kernel<Rows>, blocks_for(sums.groups * 2 * sums.windows() * sums.channels, kSumThreads), block, 0,
          sums, rows);
   launch(call, sum_kernel<Rows>, blocks_for(sums.groups * sums.codes * sums.channels, kSumThreads), block, 0, sums,
          rows, out);
 }
+
+void sum_rows(Call& call, const Sums& sums, const PlainRows& rows, const SumsOut& out);
 
 TOKENFLOW_END
