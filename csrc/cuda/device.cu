@@ -14,9 +14,8 @@ const char* device_problem(int device) noexcept {
   // A newer minor release runs on the driver of its major release: CUDA 13 wants 580 or newer, CUDA 12 wants 525.
   if (cudaRuntimeGetVersion(&runtime) != cudaSuccess || driver / 1000 < runtime / 1000)
     return runtime / 1000 >= 13
-               ? "tokenflow_ext: CUDA: wanted a driver of CUDA 13, 580 or newer, got an older one; update the driver "
-                 "or "
-                 "build with an older nvcc"
+               ? "tokenflow_ext: CUDA: wanted a driver of CUDA 13, 580 or newer, got an older one; "
+                 "update it or build with an older nvcc"
                : "tokenflow_ext: CUDA: wanted a driver as new as the nvcc that built the kernels, got an older one";
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
