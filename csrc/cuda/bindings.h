@@ -14,6 +14,8 @@ TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 
 inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(nearest_code);
+  TOKENFLOW_CUDA_OP(normalize_rows);
+  TOKENFLOW_CUDA_OP(normalize_rows_backward);
   TOKENFLOW_CUDA_OP(lookup);
   TOKENFLOW_CUDA_OP(lookup_backward);
   TOKENFLOW_CUDA_OP(code_statistics);
