@@ -3,6 +3,7 @@
 # make tools  what some tests need beside Python: the compiler and the emulator of aarch64, from Debian's packages
 # make test-aarch64       the core, cross-compiled for aarch64 and emulated, bit for bit
 # make test-aarch64-full  the Python package with aarch64's torch, emulated: TESTS=tests/test_golden.py (hours for all)
+# make test-cuda-full     the emulated CUDA kernels at length: every mutant, every schedule under ThreadSanitizer
 # make test-sanitize      the core under the address, undefined-behaviour and thread sanitizers
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ ifeq ($(NVCC),)
 export CUDACXX = $(shell echo $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
 endif
 
-.PHONY: test test-aarch64 test-aarch64-full test-sanitize tools bench demo dev clean
+.PHONY: test test-aarch64 test-aarch64-full test-cuda-full test-sanitize tools bench demo dev clean
 test: $(VENV)/test
 	$(VENV)/bin/pytest -rs
 
@@ -28,6 +29,9 @@ test-aarch64: tools $(VENV)/test
 TESTS ?= tests/test_golden.py
 test-aarch64-full: tools $(VENV)/test
 	tests/aarch64/full.sh $(VENV)/bin/python -rs $(TESTS)
+
+test-cuda-full: $(VENV)/test
+	TOKENFLOW_CUDA_FULL=1 $(VENV)/bin/pytest -rs -s tests/cuda tests/test_emulator.py tests/test_cuda_sanitizers.py
 
 test-sanitize: $(VENV)/test
 	TOKENFLOW_SANITIZE=1 $(VENV)/bin/pytest -rs tests/test_sanitizers.py

@@ -1,5 +1,6 @@
 """Small problems that take the CUDA kernels through every launch and branch, for the modes that run them slowly."""
 
+import contextlib
 import warnings
 
 import torch
@@ -10,6 +11,7 @@ from replay.problems import gradients, rows, table
 
 from emulator.kernels import OPS
 from tokenflow_ext import ops
+from tokenflow_ext.ops import _native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,6 +56,10 @@ def statistics() -> None:
             ops.ema_update_(*state, counts, sums, decay=0.9, metric=metric, normalize_mean=mean)
         codebook = table(2, 61, 5, seed=12, dtype=dtype).requires_grad_()
         gradients([ops.lookup(torch.stack([ids, ids.flip(0)], -1), codebook)], [codebook], seed=13)
+        for outside in (lambda i: ops.lookup(i, codebook[0]), lambda i: ops.code_statistics(x.detach(), i, 61)):
+            with contextlib.suppress(ValueError):
+                outside(ids % 70 - 4)
+        _native._C.code_statistics(x.detach()[:, None], ids[:, None], torch.empty(1, 64), None, 1)  # counts alone
     # More codes than a digit of the sort has, more rows than a block sorts, one code with most of them.
     ids = torch.where(torch.arange(2500) % 3 == 0, torch.arange(2500) % 700, 5)
     ops.code_statistics(normal(2500, 2, seed=14), ids, 700)

@@ -28,7 +28,7 @@ FLAGS = [
 ]
 UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=undefined")
 MODES = {
-    "plain": (["-O2"], ["-O2"]),
+    "plain": (["-O1"], ["-O2"]),
     "memory": (["-O1", "-g1", "-fsanitize=address", *UNDEFINED], ["-O1", "-fsanitize=address"]),
     "races": (["-O1", "-g", "-fsanitize=thread"], ["-O2", "-DCUDA_EMULATOR_TSAN"]),
 }

@@ -1,0 +1,83 @@
+"""The CUDA kernels, emulated, on recorded calls of every op: the same bits whoever runs first, no byte and no race wrong.
+
+And the tests can fail: kernels with one barrier, wait, fence or atomic less are noticed. `make test-cuda-full` tries every one.
+"""
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import pytest
+from emulator.kernels import CUDA, caught, expecting, noticed, program, replay
+from emulator.mutants import mutants
+from emulator.programs import MODES, SCHEDULES
+
+FULL = os.environ.get("TOKENFLOW_CUDA_FULL") == "1"
+EVERY = [mutant for file in sorted(CUDA.glob("*.cu*")) for mutant in mutants(file)]
+KINDS = ("__syncthreads", "__syncwarp", "cp_async_wait", "__threadfence", "atomic")
+
+
+@pytest.fixture(scope="module")
+def programs():
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(MODES, pool.map(program, MODES), strict=True))
+
+
+@pytest.fixture(scope="module")
+def calls(programs):
+    """The calls, with what the kernels make of them in the plainest way."""
+    from emulator.problems import recorded
+
+    given = recorded()
+    ran, made = replay(programs["plain"], given)
+    assert ran.code == 0, ran.text
+    return expecting(given, made)
+
+
+@pytest.mark.parametrize(("schedule", "seed"), [*product(SCHEDULES, (2, 3)), *product(SCHEDULES[2:], range(4, 8))])
+def test_the_order_of_threads_changes_no_bit(programs, calls, schedule, seed):
+    assert noticed(programs["plain"], calls, schedule=schedule, seed=seed) == ""
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "threads"])
+def test_memory_and_undefined_behaviour(programs, calls, schedule):
+    assert noticed(programs["memory"], calls, schedule=schedule) == ""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES if FULL else ["warps"])
+def test_races(programs, calls, schedule):
+    assert noticed(programs["races"], calls, schedule=schedule) == ""
+
+
+def test_mutants_are_made_of_every_synchronisation(tmp_path):
+    file = tmp_path / "kernel.cu"
+    file.write_text(
+        "// __syncthreads();\nif (i > 0) __syncthreads();\ncp_async_wait<1>();\n__syncwarp(mask);\n"
+        "const unsigned old = atomicAdd(&count[f(i)], 1u);\n__threadfence();\n"
+    )
+    made = mutants(file)
+    assert [str(m) for m in made] == [
+        "kernel.cu:2 without __syncthreads()",
+        "kernel.cu:3 without cp_async_wait<1>()",
+        "kernel.cu:4 without __syncwarp(mask)",
+        "kernel.cu:5 plain atomicAdd",
+        "kernel.cu:6 without __threadfence()",
+    ]
+    changed = [(m.csrc / "cuda/kernel.cu").read_text() for m in made]
+    assert "if (i > 0) ;\n" in changed[0] and changed[0].startswith("// __syncthreads();\n")
+    assert "const unsigned old = plain_Add(&count[f(i)], 1u);\n" in changed[3]
+
+
+def test_mutants_are_noticed(programs, calls):
+    """One of each kind; all of them in the full run, which prints them."""
+    chosen = EVERY if FULL else [next((m for m in EVERY if kind in m.what), None) for kind in KINDS]
+    chosen = [mutant for mutant in chosen if mutant]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        how = dict(zip(chosen, pool.map(lambda mutant: caught(mutant, calls), chosen), strict=True))
+    for mutant, found in how.items():
+        print(f"{mutant}: {found or 'NOT NOTICED'}")
+    total, lost = Counter(m.file.name for m in how), Counter(m.file.name for m, found in how.items() if not found)
+    for file, count in total.items():
+        print(f"{file}: {count - lost[file]} of {count}")
+    assert not lost, [str(mutant) for mutant, found in how.items() if not found]
