@@ -16,6 +16,8 @@ inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(nearest_code);
   TOKENFLOW_CUDA_OP(normalize_rows);
   TOKENFLOW_CUDA_OP(normalize_rows_backward);
+  TOKENFLOW_CUDA_OP(quantize);
+  TOKENFLOW_CUDA_OP(quantize_backward);
   TOKENFLOW_CUDA_OP(lookup);
   TOKENFLOW_CUDA_OP(lookup_backward);
   TOKENFLOW_CUDA_OP(code_statistics);
