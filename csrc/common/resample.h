@@ -20,17 +20,24 @@ struct Band {
 };
 
 TOKENFLOW_DEVICE static inline double cubic_near(double d) { return ((-0.75 + 2.0) * d - (-0.75 + 3.0)) * d * d + 1.0; }
-TOKENFLOW_DEVICE static inline double cubic_far(double d) { return ((-0.75 * d - 5.0 * -0.75) * d + 8.0 * -0.75) * d - 4.0 * -0.75; }
+TOKENFLOW_DEVICE static inline double cubic_far(double d) {
+  return ((-0.75 * d - 5.0 * -0.75) * d + 8.0 * -0.75) * d - 4.0 * -0.75;
+}
+
+template <class T>
+TOKENFLOW_DEVICE static inline T area_weight(int64_t n_in, int64_t n_out, int64_t i) {
+  return static_cast<T>(1.0 / static_cast<double>(((i + 1) * n_in + n_out - 1) / n_out - i * n_in / n_out));
+}
 
 template <class T>
 TOKENFLOW_DEVICE static inline Band<T> area_band(int64_t n_in, int64_t n_out, int64_t i) {
   const int64_t first = i * n_in / n_out, count = ((i + 1) * n_in + n_out - 1) / n_out - first;
-  const T weight = static_cast<T>(1.0 / static_cast<double>(count));
+  const T weight = area_weight<T>(n_in, n_out, i);
   return {{weight, weight, weight, weight}, static_cast<int32_t>(first), static_cast<int32_t>(count)};
 }
 
-// Position ((2 i + 1) n_in - n_out) / (2 n_out), as quotient and remainder; taps clamped onto one sample add up, zeros at
-// both ends are left out. No array is indexed by a variable: a GPU then keeps them in registers.
+// Position ((2 i + 1) n_in - n_out) / (2 n_out), as quotient and remainder; taps clamped onto one sample add up, zeros
+// at both ends are left out. No array is indexed by a variable: a GPU then keeps them in registers.
 template <class T>
 TOKENFLOW_DEVICE static inline Band<T> bicubic_band(int64_t n_in, int64_t n_out, int64_t i) {
   const int64_t position = (2 * i + 1) * n_in - n_out, step = 2 * n_out;

@@ -22,6 +22,11 @@ inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(lookup_backward);
   TOKENFLOW_CUDA_OP(code_statistics);
   TOKENFLOW_CUDA_OP(ema_update);
+  TOKENFLOW_CUDA_OP(multiscale_quantize_backward);
+  TOKENFLOW_CUDA_OP(multiscale_decode);
+  TOKENFLOW_CUDA_OP(multiscale_decode_backward);
+  TOKENFLOW_CUDA_OP(multiscale_chain);
+  TOKENFLOW_CUDA_OP(multiscale_chain_backward);
 }
 
 }  // namespace tokenflow_ext

@@ -5,8 +5,8 @@
 //   Down  rows first (narrow), then columns (blend)
 //   a blend is ((b_0 s_0 + b_1 s_1) + b_2 s_2) + ...: taps in order, every product and every sum rounded
 // Layout: planes [c, h, w], whole rows side by side, so that neighbouring threads read neighbouring numbers of features
-// [B, C, H, W]; what is read across planes has them plane_stride() apart, on different banks. Bands are made once a call.
-// Per number of the larger map: 4 products a pass.
+// [B, C, H, W]; what is read across planes has them plane_stride() apart, on different banks. Bands are made once a
+// call. Per number of the larger map: 4 products a pass.
 #pragma once
 #include "common/resample.h"
 #include "cuda/gpu.h"
@@ -70,10 +70,26 @@ static __device__ inline void narrow(const Axes& area, const float* map, int pla
   });
 }
 
-// The samples of an axis whose bands of Down hold sample y are first .. last; bands lie in the order of their samples.
-static __device__ inline void area_bands_at(int n_in, int n_out, int y, int* first, int* last) {
-  *first = static_cast<int>(static_cast<int64_t>(y) * n_out / n_in);
-  *last = static_cast<int>((static_cast<int64_t>(y + 1) * n_out + n_in - 1) / n_in) - 1;
+// The bands of Down that hold sample y of an axis, which lie in the order of their samples.
+struct Run {
+  int first, last;
+};
+static __device__ inline Run bands_at(int n_in, int n_out, int y) {
+  return {static_cast<int>(static_cast<int64_t>(y) * n_out / n_in),
+          static_cast<int>((static_cast<int64_t>(y + 1) * n_out + n_in - 1) / n_in) - 1};
+}
+
+// Of Up: every band that holds sample j lies in this run, which may be empty; weight_at says what it holds.
+static __device__ inline Run bicubic_bands_at(int n_in, int n_out, int j) {
+  const int64_t from = static_cast<int64_t>(n_out) * (2 * j - 3) - n_in, to = from + int64_t{8} * n_out,
+                step = 2 * n_in;
+  const int64_t first = from > 0 ? (from + step - 1) / step : 0, last = to > 0 ? (to + step - 1) / step - 1 : -1;
+  return {static_cast<int>(first), static_cast<int>(last < n_out ? last : n_out - 1)};
+}
+
+static __device__ inline float weight_at(const Band<float>& band, int sample) {
+  const int k = sample - band.first;
+  return k >= 0 && k < band.count ? band.weight[k < 4 ? k : 3] : 0;
 }
 
 TOKENFLOW_END

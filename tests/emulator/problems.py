@@ -93,6 +93,17 @@ def multiscale() -> None:
         gradients([ops.multiscale_inputs(ids, codebooks, rule="accumulate", **how)], leaves[1:], seed=17)
         if "phi" not in options and len(options["scales"]) > 1:
             gradients([ops.multiscale_inputs(ids, codebooks, rule="chain", **how)], codebooks, seed=18)
+    # Scales without ids, and ids outside the table, which the CPU refuses.
+    ids = torch.randint(37, (3, 39), generator=torch.Generator().manual_seed(19))
+    ids[0, 1:5], ids[1, 0], ids[2, 20:30] = -1, -1, 99
+    for mode in ("cosine", "phi"):
+        _, codebooks, options = case("square", mode)
+        how = decoding(options, (5, 5))
+        for function, rule in ((ops.multiscale_decode, {}), (ops.multiscale_inputs, {"rule": "accumulate"})):
+            with contextlib.suppress(ValueError):
+                function(ids, codebooks, **how, **rule)
+    with contextlib.suppress(ValueError):
+        ops.multiscale_inputs(ids, codebooks, rule="chain", scales=options["scales"], size=5)
 
 
 def recorded() -> list[Call]:
