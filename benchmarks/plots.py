@@ -34,12 +34,12 @@ STYLE = {
 }  # fmt: skip
 
 
-def write(rows: list[dict], folder: Path) -> list[Path]:
-    """Writes the pictures that the rows suffice for; returns their paths."""
+def write(sets: list[list[dict]], folder: Path) -> list[Path]:
+    """Writes each picture from the first set of rows that suffices for it; returns their paths."""
     written = []
     with plt.rc_context(STYLE):
         for name, draw in (("roofline", _roofline), ("scaling", _scaling)):
-            figure = draw(rows)
+            figure = next((drawn for rows in sets if (drawn := draw(rows)) is not None), None)
             if figure is not None:
                 figure.savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
                 plt.close(figure)
@@ -132,5 +132,5 @@ def _scaling(rows: list[dict]):
         panel.minorticks_off()
         panel.grid(color="#e6e9ec", linewidth=0.8)
         panel.legend(frameon=False)
-        panel.set_title(f"Cost against {letter} ({fixed[letter]})")
+        panel.set_title(f"Cost against {letter} ({fixed[letter]}, {rows[0]['instruction_set']})")
     return figure

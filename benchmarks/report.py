@@ -1,7 +1,8 @@
 """One command after `pytest --benchmark`: README's table, the pictures in docs/, the goals, and the numbers they quote.
 
-`python benchmarks/report.py` reads results/latest.csv, keeps a copy as measured.csv, and replaces what stands between the
-markers in README.md; run twice it changes nothing. `--measured` starts from measured.csv.
+`python benchmarks/report.py` reads results/latest.csv, puts its rows into measured.csv in the place of all older ones of the same
+instruction set (another machine's stay), and replaces what stands between the markers in README.md; run twice it changes
+nothing. `--measured` starts from measured.csv.
 """
 
 import argparse
@@ -65,25 +66,28 @@ def readme_table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--measured", action="store_true", help="from measured.csv instead of results/latest.csv")
-    rows = table.load(MEASURED if parser.parse_args().measured else table.RESULTS)
+    latest = [] if parser.parse_args().measured else table.load(table.RESULTS)
+    again = {r["instruction_set"] for r in latest}
+    rows = [r for r in table.load(MEASURED) if r["instruction_set"] not in again] + latest
     if not rows:
         raise SystemExit("No results yet: run `pytest --benchmark` first.")
     table.write(rows, MEASURED)
-    best = table.best_instruction_set(rows)
-    rows = [r for r in rows if r["instruction_set"] == best]
+    # The best instruction set first: its pictures too.
+    sets = {name: [r for r in rows if r["instruction_set"] == name] for name in table.instruction_sets(rows)}
     readme = ROOT / "README.md"
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f"README.md: wanted the lines {BEGIN} and {END} around the table, found none")
     between = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    readme.write_text(between.sub(lambda _: f"{BEGIN}\n{readme_table(rows)}\n{END}", text))
+    tables = "\n\n".join(map(readme_table, sets.values()))
+    readme.write_text(between.sub(lambda _: f"{BEGIN}\n{tables}\n{END}", text))
     try:
         import plots
 
-        print("wrote", *plots.write(rows, ROOT / "docs"))
+        print("wrote", *plots.write(list(sets.values()), ROOT / "docs"))
     except ImportError as error:
         print(f"no pictures: {error}; `pip install '.[bench]'`")
-    print(goals.markdown(rows))
+    print(*map(goals.markdown, sets.values()), sep="\n\n")
 
 
 if __name__ == "__main__":

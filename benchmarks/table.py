@@ -40,9 +40,9 @@ def write(rows: list[dict], path: Path) -> None:
             writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
 
 
-def best_instruction_set(rows: list[dict]) -> str:
-    """The highest that was measured."""
-    return max((r["instruction_set"] for r in rows), key=("baseline", "avx2", "avx512", "neon").index)
+def instruction_sets(rows: list[dict]) -> list[str]:
+    """Those that were measured, the best first."""
+    return sorted({r["instruction_set"] for r in rows}, key=("avx512", "avx2", "neon", "baseline").index)
 
 
 def markdown(rows: list[dict]) -> str:
