@@ -22,6 +22,7 @@ endif
 .PHONY: test test-aarch64 test-aarch64-full test-cuda-full test-sanitize tools bench demo dev clean
 test: $(VENV)/test
 	$(VENV)/bin/pytest -rs
+	$(VENV)/bin/pytest --emulated
 
 test-aarch64: tools $(VENV)/test
 	$(VENV)/bin/pytest -rs -s tests/test_aarch64.py
