@@ -22,7 +22,10 @@ inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(lookup_backward);
   TOKENFLOW_CUDA_OP(code_statistics);
   TOKENFLOW_CUDA_OP(ema_update);
+  TOKENFLOW_CUDA_OP(multiscale_quantize);
   TOKENFLOW_CUDA_OP(multiscale_quantize_backward);
+  TOKENFLOW_CUDA_OP(multiscale_rows);
+  TOKENFLOW_CUDA_OP(multiscale_rows_backward);
   TOKENFLOW_CUDA_OP(multiscale_decode);
   TOKENFLOW_CUDA_OP(multiscale_decode_backward);
   TOKENFLOW_CUDA_OP(multiscale_chain);
