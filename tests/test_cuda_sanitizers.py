@@ -3,14 +3,16 @@
 And the tests can fail: kernels with one barrier, wait, fence or atomic less are noticed. `make test-cuda-full` tries every one.
 """
 
+import contextlib
 import os
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
-from emulator.kernels import CUDA, caught, expecting, noticed, program, replay
-from emulator.mutants import mutants
+from emulator.kernels import CUDA, KERNELS, caught, expecting, noticed, program, replay
+from emulator.mutants import mutants, reached
 from emulator.programs import MODES, SCHEDULES
 
 FULL = os.environ.get("TOKENFLOW_CUDA_FULL") == "1"
@@ -48,6 +50,28 @@ def test_memory_and_undefined_behaviour(programs, calls, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES if FULL else ["warps"])
 def test_races(programs, calls, schedule):
     assert noticed(programs["races"], calls, schedule=schedule) == ""
+
+
+def bounds(file) -> dict[str, int]:
+    """The __launch_bounds__ of the kernels in a file of csrc/cuda."""
+    text = "".join(re.sub(r"//[^\n]*", "", f.read_text()) for f in sorted(reached(file), key=lambda f: f != file))
+    known = {}
+    for _ in range(3):  # a constant may be made of those that come later in this text
+        for name, value in re.findall(r"\b(k[A-Z]\w*) = ([^,;()<>{}]+)[,;]", text):
+            with contextlib.suppress(NameError, SyntaxError):
+                known.setdefault(name, eval(value.replace("/", "//"), {"__builtins__": {}}, known))
+    found = re.findall(r"__global__ void __launch_bounds__\(([^,()]+)[^()]*\)\s+(\w+)\(", file.read_text())
+    return {name: eval(bound, {"__builtins__": {}}, known) for bound, name in found}
+
+
+def test_every_kernel_is_launched_within_its_bounds(programs, calls):
+    """More threads than __launch_bounds__ fail on a GPU alone; every architecture has the 99 KB of shared memory of sm_86."""
+    files = {file for kernel in KERNELS for file in reached(kernel)}
+    allowed = {name: bound for file in files for name, bound in bounds(file).items()}
+    ran, _ = replay(programs["plain"], calls, architecture=86)
+    launches = set(re.findall(r"^(\w+)(?:<.*>)?: (\d+) threads, ", ran.text, re.MULTILINE))
+    assert ran.code == 0 and {name for name, _ in launches} == set(allowed), ran.text[-2000:]
+    assert not [(name, threads) for name, threads in launches if int(threads) > allowed[name]]
 
 
 def test_mutants_are_made_of_every_synchronisation(tmp_path):

@@ -2,8 +2,8 @@
 //   replay CALLS RESULTS [THREADS]
 // For processors that only an emulator has, and for sanitizers, which see the kernels alone. tests/replay/__init__.py
 // records the calls and describes both files; a tensor gets memory of exactly its size, as far off a cache line as the
-// recorded one lay. The list of ops is that of csrc/bindings.cpp, collected by CMake; or, for the CUDA kernels in emulation,
-// that of csrc/cuda/bindings.h (tests/emulator/programs.py).
+// recorded one lay. The list of ops is that of csrc/bindings.cpp, collected by CMake; or, for the CUDA kernels in
+// emulation, that of csrc/cuda/bindings.h (tests/emulator/programs.py).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -14,7 +14,9 @@
 
 #include "common/multiscale_ops.h"
 #include "common/ops.h"
-#ifndef TOKENFLOW_EMULATED
+#if defined(TOKENFLOW_EMULATED)
+#include "cuda_emulator.h"
+#else
 #include "cpu/isa.h"
 #endif
 
@@ -26,7 +28,10 @@ TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
 #define TOKENFLOW_CUDA_OP(name) \
   if (call.op == #name) return call.make(cuda::name)
 static const char* const kIsaNames[] = {"cuda"};
-static int choose_isa(std::string*) { return 0; }
+static int choose_isa(std::string*) {
+  cuda_emulator::config().log = true;
+  return 0;
+}
 #else
 namespace baseline {
 TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
@@ -181,4 +186,9 @@ int main(int argc, char** argv) {
   if (std::fclose(out)) fail("the results could not be written");
   std::fclose(call.in);
   std::printf("%s %lld\n", kIsaNames[isa], static_cast<long long>(calls));
+#if defined(TOKENFLOW_EMULATED)
+  for (const auto& l : cuda_emulator::take_launches())
+    std::printf("%s: %u threads, %zu + %zu shared bytes\n", l.kernel, l.block.x * l.block.y * l.block.z,
+                l.dynamic_shared, l.static_shared);
+#endif
 }
