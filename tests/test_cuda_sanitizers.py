@@ -60,8 +60,9 @@ def bounds(file) -> dict[str, int]:
         for name, value in re.findall(r"\b(k[A-Z]\w*) = ([^,;()<>{}]+)[,;]", text):
             with contextlib.suppress(NameError, SyntaxError):
                 known.setdefault(name, eval(value.replace("/", "//"), {"__builtins__": {}}, known))
-    found = re.findall(r"__global__ void __launch_bounds__\(([^,()]+)[^()]*\)\s+(\w+)\(", file.read_text())
-    return {name: eval(bound, {"__builtins__": {}}, known) for bound, name in found}
+    kernel = r"__global__ void\s+(?:__launch_bounds__\(([^,()]+)[^()]*\)\s+)?(\w+)\("
+    found = re.findall(kernel, file.read_text())
+    return {name: eval(bound or "1024", {"__builtins__": {}}, known) for bound, name in found}
 
 
 def test_every_kernel_is_launched_within_its_bounds(programs, calls):
