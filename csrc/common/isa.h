@@ -8,6 +8,8 @@
 // In front of what both a processor and a GPU run.
 #if defined(__CUDACC__)
 #define TOKENFLOW_DEVICE __host__ __device__
+#define TOKENFLOW_UNROLL _Pragma("unroll")  // a GPU keeps small arrays in registers where loops over them are unrolled
 #else
 #define TOKENFLOW_DEVICE
+#define TOKENFLOW_UNROLL
 #endif

@@ -46,19 +46,24 @@ TOKENFLOW_DEVICE static inline Band<T> bicubic_band(int64_t n_in, int64_t n_out,
   const double tap[4] = {cubic_far(t + 1.0), cubic_near(t), cubic_near(1.0 - t), cubic_far(2.0 - t)};
   double sum[4] = {0, 0, 0, 0};
   const int64_t lowest = base - 1 < 0 ? 0 : base - 1 < n_in ? base - 1 : n_in - 1;
+  TOKENFLOW_UNROLL
   for (int k = 0; k < 4; ++k) {
     const int64_t sample = base - 1 + k < 0 ? 0 : base - 1 + k < n_in ? base - 1 + k : n_in - 1;
+    TOKENFLOW_UNROLL
     for (int j = 0; j < 4; ++j)
       if (sample - lowest == j) sum[j] += tap[k];
   }
   int32_t first = 0, count = sum[3] != 0 ? 4 : sum[2] != 0 ? 3 : sum[1] != 0 ? 2 : 1;
+  TOKENFLOW_UNROLL
   for (int k = 0; k < 3; ++k)
     if (sum[0] == 0 && count > 1) {
+      TOKENFLOW_UNROLL
       for (int j = 0; j < 3; ++j) sum[j] = sum[j + 1];
       sum[3] = 0;
       ++first, --count;
     }
   Band<T> band = {{}, static_cast<int32_t>(lowest) + first, count};
+  TOKENFLOW_UNROLL
   for (int k = 0; k < 4; ++k) band.weight[k] = static_cast<T>(sum[k]);
   return band;
 }

@@ -43,7 +43,7 @@ struct Refinement {
 
 // use(i, step) for every number i of [B, C, H, W], or of [B, S, C, H, W].
 template <class Use>
-static __global__ void __launch_bounds__(32 * kQuads) refine_kernel(Refinement phi, Use use) {
+static __global__ void __launch_bounds__(32 * kQuads, 8) refine_kernel(Refinement phi, Use use) {
   const int pixels = phi.size.cells();
   const unsigned tiles = (pixels + 31) / 32;
   const int pixel = static_cast<int>(blockIdx.x % tiles * 32 + threadIdx.x % 32);
@@ -62,12 +62,15 @@ static __global__ void __launch_bounds__(32 * kQuads) refine_kernel(Refinement p
     if (d + 2 < channels) sum.z = bias[2];
     if (d + 3 < channels) sum.w = bias[3];
   }
+#pragma unroll 1
   for (int i = 0; i < 3 && !skipped; ++i) {
     if (y + i < 1 || y + i > phi.size.h) continue;
+#pragma unroll 1
     for (int j = 0; j < 3; ++j) {
       const bool inside = x + j >= 1 && x + j <= phi.size.w;
       const float* from = map + (y + i - 1) * phi.size.w + (inside ? x + j - 1 : x);
       const float* kernel = phi.kernel + (row * 9 + 3 * i + j) * channels * padded(channels) + d;
+#pragma unroll 4
       for (int64_t c = 0; c < channels; ++c, from += pixels, kernel += padded(channels)) {
         const float4 w = *reinterpret_cast<const float4*>(kernel);
         const float u = inside ? *from : 0;

@@ -51,7 +51,7 @@ struct Packing {
 };
 
 // A block has 32 items of one panel. Twice over their channels: norms, one item a thread; then what is stored.
-static __global__ void __launch_bounds__(kTileThreads) pack_kernel(Packing job) {
+static __global__ void __launch_bounds__(kTileThreads, 4) pack_kernel(Packing job) {
   SHARED(float, tile, [kChannels * tile_stride(kItems)]);
   SHARED(float, norms, [kMaxTables][kItems]);
   SHARED(float, last, [kItems]);
