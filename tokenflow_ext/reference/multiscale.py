@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenflow_ext._scales import grids, pair
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.reference._exact import exact
-from tokenflow_ext.reference.quantize import lookup, real_type, search, searched
+from tokenflow_ext.reference.quantize import gather, real_type, search, searched
 from tokenflow_ext.reference.resample import resample
 
 Phi = tuple[Tensor, Tensor, float, Sequence[int]]
@@ -108,7 +108,7 @@ def multiscale_quantize(
         rows = _pooled_rows(residual, grid)
         finite = rows.isfinite().all(dim=-1, keepdim=True)
         index = search(rows.detach().flatten(0, 1)[:, None], tables[None], dims, weights, metric).view(rows.shape[:2])
-        code = torch.where(finite, lookup(index, codes), torch.nan)
+        code = torch.where(finite, gather(index, codes), torch.nan)
         indices.append(index)
         if loss_on == "codes":
             rows = torch.where(finite, rows, 0.0)
@@ -150,7 +150,7 @@ def multiscale_rows(
         dropped = _dropped(index)
         rows = _pooled_rows(residual, grid)
         pieces.append(torch.where(dropped[..., 0], 0.0, rows))
-        code = torch.where(rows.detach().isfinite().all(dim=-1, keepdim=True), lookup(index, table), torch.nan)
+        code = torch.where(rows.detach().isfinite().all(dim=-1, keepdim=True), gather(index, table), torch.nan)
         with torch.no_grad():
             step = _contribution(code, grid, size, phi, s)
         residual = residual - torch.where(dropped, 0.0, step)
@@ -164,7 +164,7 @@ def _running_maps(
     maps = [table.new_zeros(len(indices), *size, table.shape[1])]
     for s, (grid, index) in enumerate(zip(sizes, split_rows(indices, sizes))):
         dropped = _dropped(index)
-        codes = lookup(torch.where(dropped[..., 0, 0], 0, index), table)
+        codes = gather(torch.where(dropped[..., 0, 0], 0, index), table)
         maps.append(maps[-1] + torch.where(dropped, 0.0, _contribution(codes, grid, size, phi, s)))
     return maps
 
@@ -199,7 +199,7 @@ def _chain_states(
         inputs.append(resample(states[-1], grid, "bicubic") if states else empty)
         if i < len(pieces):
             dropped = _dropped(pieces[i])
-            codes = lookup(torch.where(dropped[..., 0, 0], 0, pieces[i]), table).unflatten(1, grid)
+            codes = gather(torch.where(dropped[..., 0, 0], 0, pieces[i]), table).unflatten(1, grid)
             states.append(inputs[-1] + torch.where(dropped, 0.0, codes))
     return inputs, states
 

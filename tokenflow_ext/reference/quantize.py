@@ -12,18 +12,23 @@ def real_type(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-@exact
-def normalize_rows(x: torch.Tensor) -> torch.Tensor:
+def unit(x: torch.Tensor) -> torch.Tensor:
     """y = x / max(|x|, 1e-12) over the last axis, computed in float32 (float64)."""
     wide = x.to(real_type(x))
     return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)).to(x.dtype)
+
+
+@exact
+def normalize_rows(x: torch.Tensor) -> torch.Tensor:
+    """Twin of `tokenflow_ext.ops.normalize_rows`."""
+    return unit(x)
 
 
 def searched(x: torch.Tensor, widths: Sequence[int], metric: str) -> torch.Tensor:
     """The row (or code) as it is searched: unit per table for cosine, else as it is. x [..., C]."""
     if metric != "cosine":
         return x
-    return torch.cat([normalize_rows(part) for part in x.split(list(widths), dim=-1)], dim=-1)
+    return torch.cat([unit(part) for part in x.split(list(widths), dim=-1)], dim=-1)
 
 
 def scores(
@@ -82,8 +87,8 @@ def concatenate(xs, codebooks, weights):
     return x.reshape(-1, 1, x.shape[-1]), codebook[None], [c.shape[-1] for c in codebooks], weights
 
 
-def lookup(indices, codebook):
-    """Twin of `tokenflow_ext.ops.lookup`; an id outside the table reads as a NaN row without gradient."""
+def gather(indices, codebook):
+    """Rows of the codebook; an id outside of it reads as a NaN row without gradient."""
     inside = (indices >= 0) & (indices < codebook.shape[-2])
     kept = torch.where(inside, indices, 0)
     rows = (
@@ -92,9 +97,16 @@ def lookup(indices, codebook):
     return torch.where(inside[..., None], rows, torch.nan)
 
 
+@exact
+def lookup(indices, codebook):
+    """Twin of `tokenflow_ext.ops.lookup`."""
+    return gather(indices, codebook)
+
+
+@exact
 def shared_lookup(indices, codebooks):
     """Twin of `tokenflow_ext.ops.shared_lookup`."""
-    return tuple(lookup(indices, codebook) for codebook in codebooks)
+    return tuple(gather(indices, codebook) for codebook in codebooks)
 
 
 def quantize_rows(x, codebook, widths, weights, metric, commitment_weight, codebook_weight) -> Quantized:
@@ -103,7 +115,7 @@ def quantize_rows(x, codebook, widths, weights, metric, commitment_weight, codeb
     # Left-out rows become constants before any arithmetic, so that no gradient of theirs is 0 * inf.
     y = searched(torch.where(good, x, 0.0), widths, metric)
     indices = search(x.detach(), codebook.detach(), widths, weights, metric)
-    q = searched(lookup(indices, codebook), widths, metric)
+    q = searched(gather(indices, codebook), widths, metric)
     codebook_term = (q - y.detach()).square()
     commitment_term = (q.detach() - y).square()
     terms = codebook_weight * codebook_term + commitment_weight * commitment_term
@@ -158,12 +170,12 @@ def ema_update_(
 ):
     """Twin of `tokenflow_ext.ops.ema_update_`."""
     if normalize_mean:
-        sums = normalize_rows(sums)
+        sums = unit(sums)
     ema_counts.mul_(decay).add_(counts, alpha=1 - decay)
     ema_sums.mul_(decay).add_(sums, alpha=1 - decay)
     total = ema_counts.sum(-1, keepdim=True)
     smoothed = (ema_counts + eps) / (total + ema_counts.shape[-1] * eps) * total
     codes = ema_sums / smoothed[..., None]
-    codes = normalize_rows(codes) if metric == "cosine" else codes
+    codes = unit(codes) if metric == "cosine" else codes
     codebook.copy_(torch.where((counts > 0)[..., None], codes, codebook))
     return codebook

@@ -3,7 +3,7 @@
 import torch
 
 from tokenflow_ext.reference._exact import exact
-from tokenflow_ext.reference.quantize import lookup, real_type
+from tokenflow_ext.reference.quantize import gather, real_type
 
 
 @exact
@@ -23,6 +23,6 @@ def soft_quantize(x, keys, values, *, scale=1.0, bias=None):
     p = logits.softmax(-1)
     # The value is the code bit for bit; the products below are 0 and carry the gradient of p alone.
     soft = torch.where(good, (p - p.detach()) @ kept.detach(), 0.0)
-    hard = lookup(indices, torch.where(intact[:, None], values, torch.nan))
+    hard = gather(indices, torch.where(intact[:, None], values, torch.nan))
     hard = torch.where(good, hard + soft, torch.nan)
     return hard.reshape(*x.shape[:-1], values.shape[1]).to(x.dtype), indices.reshape(x.shape[:-1])
