@@ -2,10 +2,6 @@
 // multiply-adds a row, four cycles a link; eight chains side by side keep the multiplier busy and change no bit.
 // Registers are GCC vectors of eight numbers, so that sums over channels are the same bits on every instruction set.
 #pragma once
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "common/canonical.h"
 
 TOKENFLOW_BEGIN
@@ -35,15 +31,6 @@ static inline typename Eight<T>::V load_eight(const T* from) {
 template <class V>
 static inline void store_eight(void* to, V v) {
   memcpy(to, &v, sizeof(v));
-}
-
-static inline Double8 to_double(Double8 v) { return v; }
-static inline Double8 to_double(Float8 v) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtps_pd(0xff, v);  // the compiler converts halves and joins them
-#else
-  return __builtin_convertvector(v, Double8);
-#endif
 }
 
 // a . b in eight partial sums.

@@ -1,32 +1,47 @@
 // Sums over the rows of every code, without one-hot and without atomics, the same bits for every thread count:
 //   sum[g, k] = sum over the rows n with indices[n, g] = k of rows[n, g], in row order, accumulated in double.
-// 2^shift neighbouring codes make a bucket, whose sums stay in a core's second-level cache. A stable counting sort
-// brings the rows of a bucket together; then each bucket adds its rows, nearly in sequence, and writes each of its
-// codes once. A code adds its rows in row order however many buckets and threads there are. Moved: ids twice, 8 bytes a
-// row written and read for the members, the rows once, what `finish` writes; where one bucket holds the table nothing
-// is sorted and the ids are read once. Who owns what: members, starts and sums are scratch of the call.
+// A code adds its rows in row order whatever the way and however many threads there are. Two ways:
+//   near  the sums of all codes lie in the last-level cache. Threads share the codes; each reads all ids in order and
+//         adds the rows of its own codes, so that rows stream and the sums are what is met at random. No two threads
+//         meet, not even at a barrier. Moved: ids and rows once, 16 bytes a number of the table.
+//   far   larger tables, or few rows. 2^shift neighbouring codes make a bucket, whose sums stay in a core's second-level
+//         cache. A stable counting sort brings the rows of a bucket together; each bucket adds its rows and writes each
+//         of its codes once. Moved: ids twice, 8 bytes a row written and read for the members, the rows once, or a
+//         cache line of them where they are shorter; what `finish` writes.
+// Who owns what: members, starts and sums are scratch of the call.
 #pragma once
 #include <omp.h>
 
 #include "cpu/rows.h"
+#include "cpu/simd.h"
 
 TOKENFLOW_BEGIN
 
 struct SumSpace {
-  int64_t* members;  // [G, N]: n << shift | id inside the bucket, by bucket, in row order
-  int64_t* starts;   // [G, J, buckets]: where part j of the rows puts its next member of a bucket; J threads
-  double* sums;      // [J, 2^shift, C + 1]: 2^shift sums [C], then 2^shift notes, one int64 each
+  bool near;
+  int64_t* members;  // far: [G, N]: n << shift | id inside the bucket, by bucket, in row order
+  int64_t* starts;   // far: [G, J, buckets]: where part j of the rows puts its next member of a bucket; J threads
+  double* sums;      // near: [G, K, C]; far: [J, 2^shift, C + 1], 2^shift sums [C], then 2^shift notes, one int64 each
+  int64_t* notes;    // near: [G, K]
   int64_t threads, shift, buckets, stride;
 };
 
 constexpr int64_t kBucketNumbers = 1 << 15;  // sums of one bucket, in double: a quarter of a core's second-level cache
 constexpr int64_t kAloneNumbers = 1 << 15;   // below these of rows and codes a second thread costs more than it brings
 
+constexpr int64_t kNearNumbers = 1 << 20;    // sums of all codes, in double: what a last-level cache holds beside the rows
+
 // Scratch for ids [N, G] into K codes. A bucket is as many codes as the cache holds, fewer where that leaves threads
 // without work.
 static inline SumSpace take_sums(Call& call, int64_t rows, int64_t groups, int64_t codes, int64_t channels) {
   SumSpace s = {};
   s.threads = groups * (rows + codes) * channels > kAloneNumbers ? call.threads : 1;
+  s.near = groups * codes * channels <= kNearNumbers && rows > codes / 4;
+  if (s.near) {
+    s.sums = take<double>(call, groups * codes * channels);
+    s.notes = take<int64_t>(call, groups * codes);
+    return s;
+  }
   const int64_t share = s.threads == 1 ? codes : (groups * codes + 2 * s.threads - 1) / (2 * s.threads);
   while (int64_t{1} << s.shift < share && (int64_t{2} << s.shift) * channels <= kBucketNumbers) ++s.shift;
   s.buckets = (codes + (int64_t{1} << s.shift) - 1) >> s.shift;
@@ -37,16 +52,29 @@ static inline SumSpace take_sums(Call& call, int64_t rows, int64_t groups, int64
   return s;
 }
 
-// sum [n] += row [n]; a lane of *poison becomes NaN where a number is not finite.
+typedef Register<double>::V Wide;
+typedef float Narrow __attribute__((vector_size(kRegisterBytes / 2)));  // as many lanes
+
+static inline Wide widen(const double* x) { return load_register(x); }
+static inline Wide widen(const float* x) {
+  Narrow v;
+  memcpy(&v, x, sizeof(v));
+#if defined(__AVX512F__)
+  return (Wide)_mm512_maskz_cvtps_pd(0xff, (__m256)v);  // the compiler converts halves and joins them
+#else
+  return __builtin_convertvector(v, Wide);
+#endif
+}
+
+// sum [n] += row [n].
 template <class T>
-static inline void add_row(const T* row, int64_t n, double* sum, Double8* poison) {
+static inline void add_row(const T* row, int64_t n, double* sum) {
   int64_t d = 0;
-  for (; d + 8 <= n; d += 8) {
-    const Double8 wide = to_double(load_eight(row + d));
-    store_eight(sum + d, load_eight(sum + d) + wide);
-    *poison += wide * 0.0;
+  for (constexpr int kLanes = Register<double>::kLanes; d + kLanes <= n; d += kLanes) {
+    const Wide wide = load_register(sum + d) + widen(row + d);
+    memcpy(sum + d, &wide, sizeof(wide));
   }
-  for (; d < n; ++d) sum[d] += row[d], (*poison)[0] += row[d] * 0.0;
+  for (; d < n; ++d) sum[d] += row[d];
 }
 
 static inline bool inside(int64_t id, int64_t codes) {
@@ -101,19 +129,128 @@ struct Left {
 
 constexpr int64_t kAheadBytes = 2048;  // of rows on their way to the cache: no prefetcher knows the order of members
 
-// For every bucket: finish(g, k, codes, sums [codes, C], notes [codes]) with its first code k. A note is an int64 that
-// starts at 0 and that note(slot, n) sees with each row n of its code. Where few codes of a bucket have rows, blank(g,
-// k, codes) writes zeros and finish sees the others one by one, perhaps more than once. ids [N, G]; rows [N, G, C] any
-// float, T is what they are read as. finite_only leaves out rows with NaN or inf.
+constexpr int64_t kSpan = 64;  // channels that are converted at a time
+
+// What adds rows [N, G, C] of any float, read as T. Rows are added unchecked; only where a sum is not finite, and rows
+// that are not are left out, all starts again, `careful`, and looks at each row.
+template <class T>
+struct Adder {
+  const View& rows;
+  int64_t channels;
+  bool finite_only, careful;
+  const T* direct;  // the rows, where they need no conversion
+  int64_t bad;     // rows left out
+
+  Adder(const View& rows, bool finite_only)
+      : rows(rows),
+        channels(rows.shape[2]),
+        finite_only(finite_only),
+        careful(false),
+        direct(rows.type == type_of<T>() ? static_cast<const T*>(rows.data) : nullptr),
+        bad(0) {}
+
+  void ask_for(int64_t i) const {
+    if (direct) fetch(direct + i * channels, channels);
+  }
+  // sum [C] += row i of [N G, C]; false where it is left out.
+  __attribute__((always_inline)) bool add(int64_t i, double* sum) {
+    T span[kSpan];
+    if (careful) {
+      bool good = true;
+      for (int64_t c = 0; c < channels; c += kSpan) {
+        const int64_t width = channels - c < kSpan ? channels - c : kSpan;
+        load(rows, i * channels + c, width, span);
+        good &= all_finite(span, width);
+      }
+      bad += !good;
+      if (!good) return false;
+    }
+    if (direct) {
+      add_row(direct + i * channels, channels, sum);
+    } else {
+      for (int64_t c = 0; c < channels; c += kSpan) {
+        const int64_t width = channels - c < kSpan ? channels - c : kSpan;
+        load(rows, i * channels + c, width, span);
+        add_row(span, width, sum + c);
+      }
+    }
+    return true;
+  }
+  // Whether all has to start again; clean() tells whether the sums are finite.
+  template <class Clean>
+  bool again(Clean clean) {
+    if (!finite_only || careful || clean()) return false;
+    return careful = true;
+  }
+};
+
+constexpr int64_t kListed = 256;      // ids that are looked through at a time
+constexpr int64_t kSumsAhead = 8;     // rows whose sums are on their way
+constexpr int64_t kPieceBytes = 8192;  // of rows that are asked for together
+
+// Codes [first, last) of [G K] by one thread of `threads`. The threads ask for the next rows in turns: all read them.
+template <class T, class Note, class Finish>
+static Left sum_near(const int64_t* ids, const View& rows, int64_t codes, bool finite_only, const SumSpace& space,
+                     int64_t thread, Note note, Finish finish) {
+  const int64_t groups = rows.shape[1], channels = rows.shape[2], all = rows.shape[0] * groups;
+  const int64_t first = groups * codes * thread / space.threads, last = groups * codes * (thread + 1) / space.threads;
+  const uint64_t count = static_cast<uint64_t>(last - first);
+  int64_t listed = kPieceBytes / (channels * static_cast<int64_t>(sizeof(T)));
+  listed = listed < 16 ? 16 : listed < kListed ? listed : kListed;
+  int64_t row[kListed], key[kListed], outside;
+  Adder<T> adder(rows, finite_only);
+  do {
+    memset(space.sums + first * channels, 0, (last - first) * channels * sizeof(double));
+    memset(space.notes + first, 0, (last - first) * sizeof(int64_t));
+    outside = 0;
+    int64_t g = 0;
+    for (int64_t from = 0; from < all; from += listed) {
+      const int64_t to = from + listed < all ? from + listed : all;
+      int64_t n = 0;
+      for (int64_t i = from; i < to; ++i) {
+        const bool in = inside(ids[i], codes);
+        row[n] = i;
+        key[n] = g * codes + (in ? ids[i] : 0);
+        outside += !in;
+        n += in & (static_cast<uint64_t>(key[n] - first) < count);
+        if (++g == groups) g = 0;
+      }
+      const int64_t next = to + listed * thread / space.threads, end = to + listed * (thread + 1) / space.threads;
+      for (int64_t i = next; i < end && i < all; ++i) adder.ask_for(i);
+      for (int64_t j = 0; j < n; ++j) {
+        if (j + kSumsAhead < n) fetch(space.sums + key[j + kSumsAhead] * channels, channels);
+        if (adder.add(row[j], space.sums + key[j] * channels)) note(space.notes[key[j]], row[j] / groups);
+      }
+    }
+  } while (adder.again([&] { return all_finite(space.sums + first * channels, (last - first) * channels); }));
+  for (int64_t k = first, end; k < last; k = end) {
+    const int64_t of = k / codes;
+    end = (of + 1) * codes < last ? (of + 1) * codes : last;
+    finish(of, k - of * codes, end - k, space.sums + k * channels, space.notes + k);
+  }
+  return {thread == 0 ? outside : 0, adder.bad};
+}
+
+// For all codes, some at a time: finish(g, k, codes, sums [codes, C], notes [codes]) with the first code k. A note is an
+// int64 that starts at 0 and that note(slot, n) sees with each row n of its code. Where few codes of a bucket have rows,
+// blank(g, k, codes) writes zeros and finish sees the others one by one, perhaps more than once. ids [N, G]; rows
+// [N, G, C] any float, T is what they are read as. finite_only leaves out rows with NaN or inf.
 template <class T, class Note, class Finish, class Blank>
 static Left sum_by_code(const int64_t* ids, const View& rows, int64_t codes, bool finite_only, const SumSpace& space,
                         Note note, Finish finish, Blank blank) {
-  constexpr int64_t kSpan = 64;  // channels that are converted at a time
   const int64_t count = rows.shape[0], groups = rows.shape[1], channels = rows.shape[2];
   const int64_t shift = space.shift, size = int64_t{1} << shift, mask = size - 1;
   const int64_t ahead = 1 + kAheadBytes / (channels * static_cast<int64_t>(sizeof(T)));
-  const T* direct = rows.type == type_of<T>() ? static_cast<const T*>(rows.data) : nullptr;
   int64_t outside = 0, bad = 0;
+  if (space.near) {
+#pragma omp parallel for num_threads(space.threads) schedule(static) reduction(+ : outside, bad) if (space.threads > 1)
+    for (int64_t j = 0; j < space.threads; ++j) {
+      const Left left = sum_near<T>(ids, rows, codes, finite_only, space, j, note, finish);
+      outside += left.outside;
+      bad += left.bad;
+    }
+    return {outside, bad};
+  }
 #pragma omp parallel num_threads(space.threads) reduction(+ : outside, bad) if (space.threads > 1)
   {
     if (space.buckets > 1) outside += sort_members(ids, count, groups, codes, space);
@@ -127,13 +264,13 @@ static Left sum_by_code(const int64_t* ids, const View& rows, int64_t codes, boo
       const int64_t from = b ? last[b - 1] : 0, to = space.buckets > 1 ? last[b] : count;
       const int64_t* members = space.members + g * count;
       const bool sparse = to - from < used / 4;
+      Adder<T> adder(rows, finite_only);
       // visit(n, k): every row n of the bucket and the place k of its code, in row order.
       int64_t missed = 0;
       const auto each = [&](auto visit) __attribute__((always_inline)) {
         if (space.buckets > 1) {
           for (int64_t j = from; j < to; ++j) {
-            if (direct && j + ahead < to)
-              fetch(direct + ((members[j + ahead] >> shift) * groups + g) * channels, channels);
+            if (j + ahead < to) adder.ask_for((members[j + ahead] >> shift) * groups + g);
             visit(members[j] >> shift, members[j] & mask);
           }
         } else {
@@ -147,9 +284,7 @@ static Left sum_by_code(const int64_t* ids, const View& rows, int64_t codes, boo
           }
         }
       };
-      // Rows are added unchecked; only a bucket that met a number that is not finite starts again and looks at each
-      // row.
-      for (bool careful = false;; careful = true) {
+      do {
         if (sparse) {
           each([&](int64_t, int64_t k) {
             memset(sums + k * channels, 0, channels * sizeof(double));
@@ -159,37 +294,16 @@ static Left sum_by_code(const int64_t* ids, const View& rows, int64_t codes, boo
           memset(sums, 0, used * channels * sizeof(double));
           memset(notes, 0, used * sizeof(int64_t));
         }
-        Double8 poison = {};
-        const auto add = [&](int64_t n, int64_t k) __attribute__((always_inline)) {
-          const int64_t at = (n * groups + g) * channels;
-          T span[kSpan];
-          if (careful) {
-            bool good = true;
-            for (int64_t c = 0; c < channels; c += kSpan) {
-              const int64_t width = channels - c < kSpan ? channels - c : kSpan;
-              load(rows, at + c, width, span);
-              good &= all_finite(span, width);
-            }
-            bad += !good;
-            if (!good) return;
-          }
-          if (direct) {
-            add_row(direct + at, channels, sums + k * channels, &poison);
-          } else {
-            for (int64_t c = 0; c < channels; c += kSpan) {
-              const int64_t width = channels - c < kSpan ? channels - c : kSpan;
-              load(rows, at + c, width, span);
-              add_row(span, width, sums + k * channels + c, &poison);
-            }
-          }
-          note(notes[k], n);
-        };
-        each(add);
-        bool clean = true;
-        for (int l = 0; l < 8; ++l) clean &= poison[l] == 0;
-        if (clean || !finite_only || careful) break;
-      }
+        each([&](int64_t n, int64_t k) __attribute__((always_inline)) {
+          if (adder.add(n * groups + g, sums + k * channels)) note(notes[k], n);
+        });
+      } while (adder.again([&] {
+        bool clean = sparse || all_finite(sums, used * channels);
+        if (sparse) each([&](int64_t, int64_t k) { clean &= all_finite(sums + k * channels, channels); });
+        return clean;
+      }));
       outside += missed;
+      bad += adder.bad;
       if (sparse) {
         blank(g, first, used);
         each([&](int64_t, int64_t k) { finish(g, first + k, 1, sums + k * channels, notes + k); });
