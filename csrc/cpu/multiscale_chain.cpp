@@ -110,7 +110,7 @@ static Error backward(Call& op, const View& indices, const View& code_rows, cons
       up_transposed(growth(loop, s), grown, channels, state, across);
     }
   });
-  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook), op.threads);
+  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook));
   return nullptr;
 }
 

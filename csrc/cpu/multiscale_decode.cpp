@@ -136,7 +136,7 @@ static Error backward(Call& op, const View& indices, const View& code_rows, cons
     }
   }
   if (grad_weight.data) sum_chunks(loop, partial, grad_weight, grad_bias);
-  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook), op.threads);
+  sum.run(loop, data<int64_t>(indices), data<T>(code_rows), data<T>(code_norms), data<T>(grad_codebook));
   return nullptr;
 }
 

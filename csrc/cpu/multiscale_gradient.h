@@ -1,8 +1,8 @@
 // Sums of the multi-scale backwards: the gradient of phi over images, that of the codebook over rows. Images fall into
-// fixed chunks and rows are sorted by code, so that neither depends on the thread count.
+// fixed chunks and rows are added by code in row order (sums.h), so that neither depends on the thread count.
 #pragma once
-#include "cpu/codes.h"
 #include "cpu/multiscale_step.h"
+#include "cpu/sums.h"
 
 TOKENFLOW_BEGIN
 
@@ -40,31 +40,37 @@ static void sum_chunks(const Loop<T>& loop, T* partial, const View& grad_weight,
 // normalisation. rows [B L, C] and norms [B L, T] are the codes that the forward gathered; a NaN row is left out.
 template <class T>
 struct CodeSum {
-  T* gaps;                  // [B L, C]: the gradients
-  int64_t *order, *starts;  // [B L], [K + 1]
+  T* gaps;  // [B L, C]: the gradients
+  SumSpace space;
 
-  void run(const Loop<T>& loop, const int64_t* ids, const T* rows, const T* norms, T* grad_codebook,
-           int threads) const {
+  void run(const Loop<T>& loop, const int64_t* ids, const T* rows, const T* norms, T* grad_codebook) const {
     const int64_t channels = loop.channels, count = loop.batch * loop.length;
-    sort_by_code(ids, count, 1, loop.codes, order, starts);
-#pragma omp parallel for num_threads(threads) schedule(static) if ((loop.codes + count) * channels > kWorthThreads)
-    for (int64_t k = 0; k < loop.codes; ++k) {
-      T* out = grad_codebook + k * channels;
-      sum_members(gaps, channels, order, starts[k], starts[k + 1], channels, out);
-      for (int64_t j = starts[k]; loop.tables.unit_codes && j < starts[k + 1]; ++j) {
-        const T* row = rows + order[j] * channels;
-        if (!(row[0] == row[0])) continue;
-        through_unit(loop.tables, row, norms + order[j] * loop.tables.count, out);
-        break;
-      }
-    }
+    const View from = {gaps, type_of<T>(), 3, -1, true, {count, 1, channels}};
+    const View out = {grad_codebook, type_of<T>(), 2, -1, true, {loop.codes, channels}};
+    sum_by_code<T>(
+        ids, from, loop.codes, false, space,
+        [&](int64_t& known, int64_t n) {
+          if (!known && rows[n * channels] == rows[n * channels]) known = n + 1;
+        },
+        [&](int64_t, int64_t first, int64_t used, const double* sums, const int64_t* known) {
+          store_sums<T>(out, first * channels, used * channels, sums);
+          for (int64_t k = 0; loop.tables.unit_codes && k < used; ++k) {
+            if (!known[k]) continue;
+            const int64_t n = known[k] - 1;
+            through_unit(loop.tables, rows + n * channels, norms + n * loop.tables.count,
+                         grad_codebook + (first + k) * channels);
+          }
+        },
+        [&](int64_t, int64_t first, int64_t used) {
+          memset(grad_codebook + first * channels, 0, used * channels * sizeof(T));
+        });
   }
 };
 
 template <class T>
 static CodeSum<T> take_code_sum(Call& call, const Loop<T>& loop) {
   const int64_t rows = loop.batch * loop.length;
-  return {take<T>(call, rows * loop.channels), take<int64_t>(call, rows), take<int64_t>(call, loop.codes + 1)};
+  return {take<T>(call, rows * loop.channels), take_sums(call, rows, 1, loop.codes, loop.channels)};
 }
 
 TOKENFLOW_END

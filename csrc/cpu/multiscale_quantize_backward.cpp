@@ -186,7 +186,7 @@ static Error run(Call& op, const View& features, const View& indices, const View
   }
   if (grad_weight.data) sum_chunks(loop, partial, grad_weight, grad_bias);
   if (grad_codebook.data)
-    sum.run(loop, data<int64_t>(indices), call.code_rows, data<T>(code_norms), data<T>(grad_codebook), op.threads);
+    sum.run(loop, data<int64_t>(indices), call.code_rows, data<T>(code_norms), data<T>(grad_codebook));
   return nullptr;
 }
 

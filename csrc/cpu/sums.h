@@ -4,7 +4,8 @@
 //   near  the sums of all codes lie in the last-level cache. Threads share the codes; each reads all ids in order and
 //         adds the rows of its own codes, so that rows stream and the sums are what is met at random. No two threads
 //         meet, not even at a barrier. Moved: ids and rows once, 16 bytes a number of the table.
-//   far   larger tables, or few rows. 2^shift neighbouring codes make a bucket, whose sums stay in a core's second-level
+//   far   larger tables, or few rows. 2^shift neighbouring codes make a bucket, whose sums stay in a core's
+//   second-level
 //         cache. A stable counting sort brings the rows of a bucket together; each bucket adds its rows and writes each
 //         of its codes once. Moved: ids twice, 8 bytes a row written and read for the members, the rows once, or a
 //         cache line of them where they are shorter; what `finish` writes.
@@ -29,7 +30,8 @@ struct SumSpace {
 constexpr int64_t kBucketNumbers = 1 << 15;  // sums of one bucket, in double: a quarter of a core's second-level cache
 constexpr int64_t kAloneNumbers = 1 << 15;   // below these of rows and codes a second thread costs more than it brings
 
-constexpr int64_t kNearNumbers = 1 << 20;    // sums of all codes, in double: what a last-level cache holds beside the rows
+constexpr int64_t kNearNumbers =
+    1 << 20;  // sums of all codes, in double: what a last-level cache holds beside the rows
 
 // Scratch for ids [N, G] into K codes. A bucket is as many codes as the cache holds, fewer where that leaves threads
 // without work.
@@ -55,8 +57,8 @@ static inline SumSpace take_sums(Call& call, int64_t rows, int64_t groups, int64
 typedef Register<double>::V Wide;
 typedef float Narrow __attribute__((vector_size(kRegisterBytes / 2)));  // as many lanes
 
-static inline Wide widen(const double* x) { return load_register(x); }
-static inline Wide widen(const float* x) {
+static inline Wide to_doubles(const double* x) { return load_register(x); }
+static inline Wide to_doubles(const float* x) {
   Narrow v;
   memcpy(&v, x, sizeof(v));
 #if defined(__AVX512F__)
@@ -71,7 +73,7 @@ template <class T>
 static inline void add_row(const T* row, int64_t n, double* sum) {
   int64_t d = 0;
   for (constexpr int kLanes = Register<double>::kLanes; d + kLanes <= n; d += kLanes) {
-    const Wide wide = load_register(sum + d) + widen(row + d);
+    const Wide wide = load_register(sum + d) + to_doubles(row + d);
     memcpy(sum + d, &wide, sizeof(wide));
   }
   for (; d < n; ++d) sum[d] += row[d];
@@ -139,7 +141,7 @@ struct Adder {
   int64_t channels;
   bool finite_only, careful;
   const T* direct;  // the rows, where they need no conversion
-  int64_t bad;     // rows left out
+  int64_t bad;      // rows left out
 
   Adder(const View& rows, bool finite_only)
       : rows(rows),
@@ -184,8 +186,8 @@ struct Adder {
   }
 };
 
-constexpr int64_t kListed = 256;      // ids that are looked through at a time
-constexpr int64_t kSumsAhead = 8;     // rows whose sums are on their way
+constexpr int64_t kListed = 256;       // ids that are looked through at a time
+constexpr int64_t kSumsAhead = 8;      // rows whose sums are on their way
 constexpr int64_t kPieceBytes = 8192;  // of rows that are asked for together
 
 // Codes [first, last) of [G K] by one thread of `threads`. The threads ask for the next rows in turns: all read them.
@@ -231,9 +233,9 @@ static Left sum_near(const int64_t* ids, const View& rows, int64_t codes, bool f
   return {thread == 0 ? outside : 0, adder.bad};
 }
 
-// For all codes, some at a time: finish(g, k, codes, sums [codes, C], notes [codes]) with the first code k. A note is an
-// int64 that starts at 0 and that note(slot, n) sees with each row n of its code. Where few codes of a bucket have rows,
-// blank(g, k, codes) writes zeros and finish sees the others one by one, perhaps more than once. ids [N, G]; rows
+// For all codes, some at a time: finish(g, k, codes, sums [codes, C], notes [codes]) with the first code k. A note is
+// an int64 that starts at 0 and that note(slot, n) sees with each row n of its code. Where few codes of a bucket have
+// rows, blank(g, k, codes) writes zeros and finish sees the others one by one, perhaps more than once. ids [N, G]; rows
 // [N, G, C] any float, T is what they are read as. finite_only leaves out rows with NaN or inf.
 template <class T, class Note, class Finish, class Blank>
 static Left sum_by_code(const int64_t* ids, const View& rows, int64_t codes, bool finite_only, const SumSpace& space,

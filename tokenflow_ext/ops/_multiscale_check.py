@@ -1,7 +1,7 @@
 """Checks of the multi-scale ops: every sentence names op, argument, wanted, got."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +10,9 @@ from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import real
 
 
-class Setup(NamedTuple):
-    """The checked options of a call, as the operators take them."""
+@dataclass
+class Setup:
+    """The checked options of a call, as the operators take them. No NamedTuple: Dynamo 2.9 cannot go through its lists."""
 
     widths: list[int]
     weights: list[float]
