@@ -99,6 +99,6 @@ add_library(cuda_kernels OBJECT ${cuda_files})
 target_include_directories(cuda_kernels PRIVATE csrc)
 target_compile_definitions(cuda_kernels PRIVATE TOKENFLOW_ISA=cuda)
 # Products and sums stay apart where the source does not fuse them: the canonical score has the CPU's bits.
-target_compile_options(cuda_kernels PRIVATE -O3 -fmad=false -Werror all-warnings -Xptxas -warn-spills
+target_compile_options(cuda_kernels PRIVATE -O3 -fmad=false -Werror all-warnings
                        -Xcompiler=-fvisibility=hidden -Xcompiler=-ffp-contract=off)
 set(TOKENFLOW_CUDA_LIBRARIES cuda_kernels ${TOKENFLOW_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)

@@ -36,7 +36,7 @@ struct Growth {
 };
 
 template <class First>
-static __global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads, 4)
     growth_kernel(Loop loop, Growth growth, unsigned blocks, First first) {
   if (blockIdx.x < blocks)
     first(loop);
