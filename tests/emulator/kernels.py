@@ -7,7 +7,7 @@ from pathlib import Path
 
 from replay import Call, differences, read_results
 
-from emulator.mutants import CUDA, Mutant
+from emulator.mutants import CUDA, Mutant, reached
 from emulator.programs import FOLDER, ROOT, Ran, build, run
 
 DOOR = (CUDA / "bindings.h").read_text()
@@ -16,14 +16,14 @@ OPS = re.findall(r"TOKENFLOW_CUDA_OP\((\w+)\);", DOOR)
 KERNELS = sorted(file for file in CUDA.glob("*.cu") if file.name != "device.cu")
 
 
-def program(mode: str, mutant: Mutant | None = None) -> Path:
-    """tests/replay/replay.cpp with all kernels."""
+def program(mode: str, mutant: Mutant | None = None, source: Path | None = None) -> Path:
+    """tests/replay/replay.cpp with all kernels; those of one source as a mutant."""
     folder = Path(FOLDER.name)
     (folder / "ops.inc").write_text("".join(f"TOKENFLOW_CUDA_OP({op});\n" for op in OPS))
     sources = {**dict.fromkeys(KERNELS, ()), ROOT / "tests/replay/replay.cpp": (f"-I{folder}",)}
     if mutant is None:
         return build("replay", mode, sources)
-    return build(f"replay-{mutant.file.name}-{mutant.start}", mode, mutant.change(sources))
+    return build(f"{mutant.file.name}-{mutant.start}-{source.stem}", mode, mutant.change(sources, source))
 
 
 def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
@@ -55,13 +55,18 @@ def noticed(program: Path, calls: list[Call], **schedule) -> str:
 
 
 def caught(mutant: Mutant, calls: list[Call]) -> str:
-    """How a mutant is noticed: as a race, or by its numbers under some schedule; "" where it is not."""
-    races = program("races", mutant)
-    for schedule in ("forward", "threads"):
-        if found := noticed(races, calls, schedule=schedule):
-            return found
-    plain = program("plain", mutant)
-    for schedule, seed in (("reverse", 1), ("warps", 1), ("threads", 2), ("threads", 3)):
-        if found := noticed(plain, calls, schedule=schedule, seed=seed):
-            return found
+    """How a mutant is noticed: as a race, or by its numbers under some schedule; "" where it is not.
+
+    A header is changed for one of the files that include it at a time: their kernels are their own.
+    """
+    runs = [("races", "forward", 1), ("races", "threads", 1), ("plain", "reverse", 1), ("plain", "warps", 1)]
+    runs += [("plain", "threads", seed) for seed in (2, 3)]
+    for source in KERNELS:
+        if mutant.file not in reached(source):
+            continue
+        own = re.findall(r"^Error (\w+)\(Call&", source.read_text(), re.MULTILINE)
+        given = [call for call in calls if call.op in own or not own]
+        for mode, schedule, seed in runs:
+            if found := noticed(program(mode, mutant, source), given, schedule=schedule, seed=seed):
+                return found
     return ""

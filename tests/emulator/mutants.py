@@ -49,16 +49,11 @@ class Mutant:
         (folder / "plain.h").write_text(PLAIN)
         return folder.parent
 
-    def change(self, sources: dict[Path, tuple[str, ...]]) -> dict[Path, tuple[str, ...]]:
-        """Sources of a program and their flags, those that see the change compiled with it."""
+    def change(self, sources: dict[Path, tuple[str, ...]], source: Path) -> dict[Path, tuple[str, ...]]:
+        """Sources of a program and their flags, one of them compiled with the change."""
         flags = f"-I{self.csrc}", "-include", str(self.csrc / "cuda/plain.h")
-        changed = {}
-        for source, own in sources.items():
-            if source.parent == CUDA and self.file in reached(source):
-                changed[self.csrc / "cuda" / source.name if source == self.file else source] = (*flags, *own)
-            else:
-                changed[source] = own
-        return changed
+        changed = self.csrc / "cuda" / source.name if source == self.file else source
+        return {changed if s == source else s: (*flags, *own) if s == source else own for s, own in sources.items()}
 
 
 def reached(source: Path) -> set[Path]:
