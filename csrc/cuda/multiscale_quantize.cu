@@ -40,7 +40,7 @@ static __device__ inline double block_sum(double value) {
     __syncthreads();
     if (threadIdx.x < static_cast<unsigned>(half)) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
-  return sums[0];
+  return threadIdx.x == 0 ? sums[0] : 0;
 }
 
 // The sum of |r|^2 over this block's share of an image's pixels, those that are not finite left out, for thread 0.
