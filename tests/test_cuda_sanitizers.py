@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
-from emulator.kernels import CUDA, KERNELS, caught, expecting, noticed, program, replay
+from emulator.kernels import CUDA, KERNELS, caught, expecting, noticed_by_parts, program, replay, some
 from emulator.mutants import mutants, reached
 from emulator.programs import MODES, SCHEDULES
 
@@ -37,19 +37,19 @@ def calls(programs):
     return expecting(given, made)
 
 
-@pytest.mark.parametrize(("schedule", "seed"), [*product(SCHEDULES, (2, 3)), *product(SCHEDULES[2:], range(4, 8))])
+@pytest.mark.parametrize(("schedule", "seed"), [*product(SCHEDULES, (2,)), *product(SCHEDULES[2:], (3, 4))])
 def test_the_order_of_threads_changes_no_bit(programs, calls, schedule, seed):
-    assert noticed(programs["plain"], calls, schedule=schedule, seed=seed) == ""
+    assert noticed_by_parts(programs["plain"], calls, schedule=schedule, seed=seed) == ""
 
 
-@pytest.mark.parametrize("schedule", ["reverse", "threads"])
+@pytest.mark.parametrize("schedule", SCHEDULES if FULL else ["threads"])
 def test_memory_and_undefined_behaviour(programs, calls, schedule):
-    assert noticed(programs["memory"], calls, schedule=schedule) == ""
+    assert noticed_by_parts(programs["memory"], calls, schedule=schedule) == ""
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES if FULL else ["warps"])
 def test_races(programs, calls, schedule):
-    assert noticed(programs["races"], calls, schedule=schedule) == ""
+    assert noticed_by_parts(programs["races"], calls if FULL else some(calls, 3), schedule=schedule) == ""
 
 
 def bounds(file) -> dict[str, int]:
@@ -99,7 +99,7 @@ def test_mutants_are_noticed(programs, calls):
     chosen = EVERY if FULL else [next((m for m in EVERY if kind in m.what), None) for kind in KINDS]
     chosen = [mutant for mutant in chosen if mutant]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        how = dict(zip(chosen, pool.map(lambda mutant: caught(mutant, calls), chosen), strict=True))
+        how = dict(zip(chosen, pool.map(lambda mutant: caught(mutant, some(calls, 6)), chosen), strict=True))
     for mutant, found in how.items():
         print(f"{mutant}: {found or 'NOT NOTICED'}")
     total, lost = Counter(m.file.name for m in how), Counter(m.file.name for m, found in how.items() if not found)

@@ -208,7 +208,6 @@ void before_atomic() {
 }
 
 static void begin_block(dim3 block, uint3 index) {
-  if (engine.sets_used > 1) engine.set = (engine.set + 1 + next_random() % (engine.sets_used - 1)) % engine.sets_used;
   ++engine.sets[engine.set].block;
   engine.live = engine.threads;
   engine.waiting = 0;
@@ -269,7 +268,6 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
   enter_launch();
   release(engine.begin_tag);
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  engine.sets_used = kSets == 1 || blocks == 1 ? 1 : engine.threads > 256 ? 2 : kSets;
   engine.set = 0;
   std::vector<uint32_t> order;
   if (engine.schedule >= kRandomThreads) {
@@ -279,6 +277,7 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
   }
   for (uint64_t i = 0; i < blocks && !engine.failure; ++i) {
     const uint64_t b = order.size() ? order[i] : engine.schedule == kReverse ? blocks - 1 - i : i;
+    if (kSets == 2 && (i == 1 || (i > 1 && next_random() % 4 != 0))) engine.set ^= 1;
     begin_block(block, {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                         static_cast<unsigned>(b / grid.x / grid.y)});
     run_block();

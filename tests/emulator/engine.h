@@ -40,7 +40,7 @@ struct Lane : Thread {
 // every thread of a grid. So blocks alternate between sets of fibers, each with its own shared memory; blocks of one
 // set are ordered where they use it.
 #if defined(CUDA_EMULATOR_TSAN)
-constexpr int kSets = 3;
+constexpr int kSets = 2;
 #else
 constexpr int kSets = 1;
 #endif
@@ -59,7 +59,7 @@ struct Engine {
   Copy copies[kMaxThreads][kMaxCopies];
   Rendezvous meetings[kMaxThreads / 32][kMaxGroups];
   Set sets[kSets];
-  int set, sets_used;
+  int set;
   int threads, live;
   // The barrier of the block: who waits, for what.
   int waiting, parity;

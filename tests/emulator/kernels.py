@@ -1,14 +1,17 @@
 """The CUDA kernels as a program: recorded calls of the ops replayed on them, in each mode, whole or as a mutant."""
 
+import os
 import re
 import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from replay import Call, differences, read_results
 
 from emulator.mutants import CUDA, Mutant, reached
-from emulator.programs import FOLDER, ROOT, Ran, build, run
+from emulator.programs import FOLDER, ROOT, Ran, build, places, run
 
 DOOR = (CUDA / "bindings.h").read_text()
 OPS = re.findall(r"TOKENFLOW_CUDA_OP\((\w+)\);", DOOR)
@@ -28,10 +31,11 @@ def program(mode: str, mutant: Mutant | None = None, source: Path | None = None)
 
 def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
     """How the program ended, and per call (error, counts, buffers) where it came to its end."""
-    file, results = Path(f"{program}.calls"), Path(f"{program}.results")
-    file.write_bytes(b"".join(call.encoded for call in calls))
-    ran = run(program, str(file), str(results), **schedule)
-    return ran, read_results(results, calls) if ran.code == 0 else []
+    with tempfile.TemporaryDirectory(dir=FOLDER.name) as folder:
+        file, results = Path(folder) / "calls", Path(folder) / "results"
+        file.write_bytes(b"".join(call.encoded for call in calls))
+        ran = run(program, str(file), str(results), **schedule)
+        return ran, read_results(results, calls) if ran.code == 0 else []
 
 
 def expecting(calls: list[Call], made: list) -> list[Call]:
@@ -42,6 +46,16 @@ def expecting(calls: list[Call], made: list) -> list[Call]:
     ]
 
 
+def some(calls: list[Call], each: int) -> list[Call]:
+    """At most so many calls of every op, small and large ones, for what takes long."""
+    chosen = []
+    for op in OPS:
+        mine = [call for call in calls if call.op == op]
+        step = max(1, (len(mine) - 1) // max(1, each - 1))
+        chosen += mine[::step][: each - 1] + mine[-1:]
+    return chosen
+
+
 def noticed(program: Path, calls: list[Call], **schedule) -> str:
     """What is wrong about a run: an error, a sanitizer's finding, other results than expected; "" where nothing is."""
     try:
@@ -50,8 +64,16 @@ def noticed(program: Path, calls: list[Call], **schedule) -> str:
         return "does not end"
     if ran.code:
         found = re.search(r"^.*(ThreadSanitizer:|AddressSanitizer:|runtime error:|replay: ).*$", ran.text, re.MULTILINE)
-        return found[0].strip() if found else f"ended with {ran.code}"
+        lines = sorted(f"{file}:{line}" for file, line in places(program, ran.text) if file.endswith((".cu", ".cuh")))
+        return " ".join([found[0].strip() if found else f"ended with {ran.code}", *lines])
     return next(iter(differences(calls, made)), "")
+
+
+def noticed_by_parts(program: Path, calls: list[Call], **schedule) -> str:
+    """`noticed`, by as many processes as there are processors."""
+    parts = [calls[i :: os.cpu_count()] for i in range(os.cpu_count())]
+    with ThreadPoolExecutor() as pool:
+        return " ".join(filter(None, pool.map(lambda part: noticed(program, part, **schedule), parts)))
 
 
 def caught(mutant: Mutant, calls: list[Call]) -> str:

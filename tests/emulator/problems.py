@@ -76,9 +76,9 @@ def softmaxes() -> None:
 
 
 def multiscale() -> None:
-    for grid, mode in [*((g, m) for g in ("square", "oblong") for m in MODES), *((g, "phi") for g in SCALES)]:
+    for grid, mode in [*(("oblong", mode) for mode in MODES), *((grid, "phi") for grid in SCALES if grid != "oblong")]:
         dtype = torch.bfloat16 if mode == "cosine" else torch.float32
-        features, codebooks, options = case(grid, mode, dtype)
+        features, codebooks, options = case(grid, mode, dtype, batch=2)
         codebooks = [codebook.float() for codebook in codebooks]
         if grid == "oblong":
             features[0, 1, 2, 3], codebooks[0][5] = float("nan"), codebooks[0][2]
