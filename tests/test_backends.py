@@ -34,10 +34,16 @@ class Emulated:
 
 
 @pytest.fixture
-def core(monkeypatch):
-    for name, value in (("_emulator", None), ("_counts", {}), ("BACKENDS", [*_native.BACKENDS])):
+def nothing_registered(monkeypatch):
+    """As in a process whose other tests have not registered the emulated kernels."""
+    backends = [b for b in _native.BACKENDS if b != "emulated"]
+    for name, value in (("_emulator", None), ("_counts", {}), ("BACKENDS", backends)):
         monkeypatch.setattr(_native, name, value)
-    monkeypatch.setattr("tokenflow_ext.quantize.BACKENDS", _native.BACKENDS)
+    monkeypatch.setattr("tokenflow_ext.quantize.BACKENDS", backends)
+
+
+@pytest.fixture
+def core(nothing_registered):
     core = Emulated()
     _native.register_core("emulated", core)
     yield core
@@ -184,7 +190,7 @@ def test_what_the_core_lacks_is_said(core):
         ops.nearest_code(normal(3, 6).double(), normal(4, 6), backend="emulated")
 
 
-def test_without_a_registered_core_emulated_is_no_backend():
+def test_without_a_registered_core_emulated_is_no_backend(nothing_registered):
     sentence = "backend: wanted one of auto, native, reference, got 'emulated'"
     with pytest.raises(ValueError, match=sentence):
         ops.normalize_rows(normal(3, 6), backend="emulated")
