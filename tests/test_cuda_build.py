@@ -36,7 +36,9 @@ def sentence(text: str) -> str:
 def test_a_missing_compiler_is_told_and_the_cpu_is_built(tmp_path):
     done = configure(tmp_path, CUDACXX=WITHOUT)
     assert done.returncode == 0, done.stderr
-    assert "CUDA: the CPU kernels alone are built, as nvcc was not found in CUDACXX" in sentence(done.stdout + done.stderr)
+    assert "CUDA: the CPU kernels alone are built, as nvcc was not found in CUDACXX" in sentence(
+        done.stdout + done.stderr
+    )
 
 
 def test_asked_for_and_missing_is_an_error(tmp_path):
@@ -48,7 +50,9 @@ def test_asked_for_and_missing_is_an_error(tmp_path):
 def test_a_compiler_that_cannot_compile_is_told(tmp_path):
     """An nvcc that lists architectures and refuses the host's compiler does not break `pip install .`."""
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_80 || { echo unsupported GNU version; exit 1; }\n')
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_80 || { echo unsupported GNU version; exit 1; }\n'
+    )
     nvcc.chmod(0o755)
     done = configure(tmp_path / "auto", CUDACXX=str(nvcc))
     text = sentence(done.stdout + done.stderr)
@@ -102,4 +106,6 @@ def test_no_kernel_spills_or_has_a_stack():
     assert len(kernels) >= len(ARCHITECTURES)
     for name, registers, stack, shared, local in kernels:
         assert int(stack) == int(local) == 0, f"{name}: stack {stack}, local {local}"
-        assert int(registers) <= 255 and int(shared) <= 49 * 1024, f"{name}: {registers} registers, {shared} bytes shared"
+        assert int(registers) <= 255 and int(shared) <= 49 * 1024, (
+            f"{name}: {registers} registers, {shared} bytes shared"
+        )

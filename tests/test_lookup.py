@@ -148,6 +148,7 @@ def test_any_shape(rows, codes, groups, width, seed):
 def test_opcheck():
     opcheck("lookup", integers(9, 2, high=5), normal(2, 5, 3).requires_grad_())
     opcheck("lookup", integers(9, 1, high=5), normal(1, 5, 3, dtype=torch.bfloat16).requires_grad_())
+    opcheck("lookup", integers(3, 3, high=5), normal(5, 3).requires_grad_())
 
 
 def test_compile_forward_and_backward():

@@ -178,7 +178,13 @@ def test_the_core_refuses_what_is_no_tensor_of_its_types():
     for wrong in (1, "x", [1.0], torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 3, dtype=torch.complex64)):
         with pytest.raises(TypeError):
             _C.normalize_rows(wrong, y, 1)
-    for wrong in (torch.zeros(2, 3).T, torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2), None):
+    for wrong in (
+        torch.zeros(2, 3).T,
+        torch.zeros(2, 3, dtype=torch.float64),
+        torch.zeros(()),
+        torch.zeros(3, 3),
+        None,
+    ):
         with pytest.raises(ValueError, match="wanted"):
             _C.normalize_rows(wrong, y, 1)
     with pytest.raises(RuntimeError):

@@ -204,7 +204,8 @@ def test_views_of_the_batch_statistics():
 
 
 def test_opcheck():
-    opcheck("code_statistics", normal(9, 2, 4), integers(9, 2, high=5), 5)
+    opcheck("code_statistics", normal(9, 2, 4), integers(9, 2, high=5), [2, 5])
+    opcheck("code_statistics", normal(9, 4), integers(9, high=5), [5])
     codebook, ema_counts, ema_sums, counts, sums = ema_state((2, 7, 4))
     opcheck("ema_update_", codebook, ema_counts, ema_sums, counts, sums, 0.9, 1e-5, "cosine", False)
 

@@ -181,7 +181,7 @@ class Codebook(nn.Module):
             rows: [N, G, C]; those that are not finite count nowhere.
             ids: [N, G] that they chose.
             backend: of the ops.
-            counts: [G, K] rows of every code, and sums [G, K, C] of them as searched, where the search has them already.
+            counts: rows of every code [G, K] (or [K]), and sums of them as searched, where the search has them already.
             sums: see counts.
         """
         if not self.training or _recomputing():
@@ -189,9 +189,10 @@ class Codebook(nn.Module):
         rows = rows.detach()
         if counts is None:
             counts, sums = self._count(rows, ids, backend)
+        counts = counts.view_as(self.hits)
         self.hits += counts.to(torch.int64)
         if self.update == "ema":
-            counts, sums = counts.to(self.ema_counts.dtype), sums.to(self.ema_sums.dtype)
+            counts, sums = counts.to(self.ema_counts.dtype), sums.view_as(self.ema_sums).to(self.ema_sums.dtype)
             _all_reduce(counts, sums)
             self._follow(counts, sums, backend)
         elif self.dead_code_threshold > 0:

@@ -52,6 +52,14 @@ static inline View by_group(const View& v, bool groups, int inner) {
   return out;
 }
 
+// v [..., C] as [N, C].
+static inline View as_rows(const View& v) {
+  View out = by_group(v, false, 1);
+  out.rank = 2;
+  out.shape[1] = out.shape[2];
+  return out;
+}
+
 // A codebook [G, K, C], or [K, C] as [1, K, C].
 static inline View with_groups(View codebook) {
   if (codebook.rank != 2) return codebook;

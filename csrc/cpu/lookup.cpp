@@ -57,11 +57,13 @@ static int64_t gather(const int64_t* ids, const char* from, char* to, int64_t ro
 }
 
 Error lookup(Call& call, View indices, View codebook, View rows) noexcept {
+  indices = by_group(indices, codebook.rank == 3, 0);
+  codebook = with_groups(codebook);
   if (!dense(indices, 2) || !dense(codebook, 3) || indices.type != kInt64 || !floating(codebook))
-    return "lookup: wanted contiguous int64 indices [N, G] and floats codebook [G, K, C]";
+    return "lookup: wanted contiguous int64 indices [..., G] and floats codebook [G, K, C]";
   if (indices.shape[1] != codebook.shape[0]) return "lookup: indices: wanted the groups of the codebook";
   if (!holds(rows, codebook.type, indices.shape[0] * indices.shape[1] * codebook.shape[2]))
-    return "lookup: rows: wanted [N, G, C] of the codebook's type";
+    return "lookup: rows: wanted [..., G, C] of the codebook's type";
   if (call.counting) return nullptr;
   const int64_t count = indices.shape[0], groups = codebook.shape[0], codes = codebook.shape[1];
   const int64_t bytes = codebook.shape[2] * bytes_of(codebook.type), written = count * groups * bytes;
@@ -95,10 +97,13 @@ static void backward(const int64_t* ids, const View& grad_rows, const View& grad
 }
 
 Error lookup_backward(Call& call, View indices, View grad_rows, View grad_codebook) noexcept {
+  const bool grouped = grad_codebook.rank == 3;
+  indices = by_group(indices, grouped, 0), grad_rows = by_group(grad_rows, grouped, 1);
+  grad_codebook = with_groups(grad_codebook);
   if (!dense(indices, 2) || !dense(grad_rows, 3) || !dense(grad_codebook, 3) || indices.type != kInt64 ||
       !floating(grad_rows))
-    return "lookup_backward: wanted contiguous int64 indices [N, G], floats grad_rows [N, G, C], grad_codebook [G, K, "
-           "C]";
+    return "lookup_backward: wanted contiguous int64 indices [..., G], floats grad_rows [..., G, C], "
+           "grad_codebook [G, K, C]";
   const int64_t rows = indices.shape[0], groups = grad_codebook.shape[0];
   if (indices.shape[1] != groups || grad_rows.shape[0] != rows || grad_rows.shape[1] != groups ||
       grad_rows.shape[2] != grad_codebook.shape[2] || grad_codebook.type != grad_rows.type ||

@@ -109,7 +109,8 @@ static int threads_for(const Call& call, const View& x) {
 }
 
 Error normalize_rows(Call& call, View x, View y) noexcept {
-  if (!dense(x, 2) || !floating(x)) return "normalize_rows: x: wanted contiguous floats [N, C]";
+  x = as_rows(x);
+  if (!dense(x, 2) || !floating(x)) return "normalize_rows: x: wanted contiguous floats [..., C]";
   if (!holds(y, x.type, x.shape[0] * x.shape[1])) return "normalize_rows: y: wanted the shape and type of x";
   if (call.counting) return nullptr;
   if (x.type == kFloat64)
@@ -120,8 +121,10 @@ Error normalize_rows(Call& call, View x, View y) noexcept {
 }
 
 Error normalize_rows_backward(Call& call, View x, View grad_y, View grad_x) noexcept {
-  if (!dense(x, 2) || !floating(x)) return "normalize_rows_backward: x: wanted contiguous floats [N, C]";
-  if (!holds(grad_y, x.type, x.shape[0] * x.shape[1]) || !holds(grad_x, x.type, x.shape[0] * x.shape[1]))
+  x = as_rows(x), grad_y = as_rows(grad_y);
+  if (!dense(x, 2) || !floating(x)) return "normalize_rows_backward: x: wanted contiguous floats [..., C]";
+  if (!dense(grad_y, 2) || !holds(grad_y, x.type, x.shape[0] * x.shape[1]) ||
+      !holds(grad_x, x.type, x.shape[0] * x.shape[1]))
     return "normalize_rows_backward: wanted gradients of the shape and type of x";
   if (call.counting) return nullptr;
   if (x.type == kFloat64)

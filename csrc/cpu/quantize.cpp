@@ -67,8 +67,10 @@ static void forward(Call& call, const View& x, const View& codebook, const Table
 
 Error quantize(Call& call, View x, View codebook, Tables tables, double loss_weight, View quantized, View indices,
                View loss, View searched, View code_rows, View code_norms) noexcept {
+  x = by_group(x, codebook.rank == 3, 1);
+  codebook = with_groups(codebook);
   if (!dense(x, 3) || !dense(codebook, 3) || !floating(x))
-    return "quantize: wanted contiguous floats x [N, G, C] and codebook [G, K, C]";
+    return "quantize: wanted contiguous floats x [..., G, C] and codebook [G, K, C]";
   if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0] || !covers(tables, x.shape[2]))
     return "quantize: codebook: wanted the groups and the width of x";
   if (codebook.shape[1] < 1) return "quantize: codebook: wanted at least one code";

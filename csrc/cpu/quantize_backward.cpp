@@ -106,8 +106,10 @@ static void backward(Call& call, const View& x, const View& code_rows, const Vie
 Error quantize_backward(Call& call, View x, View code_rows, View code_norms, View indices, View grad_quantized,
                         View grad_loss, Tables tables, double commitment_weight, double codebook_weight, View grad_x,
                         View grad_codebook) noexcept {
+  x = by_group(x, grad_codebook.rank == 3, 1);
+  grad_codebook = with_groups(grad_codebook);
   if (!dense(x, 3) || !floating(x) || !covers(tables, x.shape[2]))
-    return "quantize_backward: wanted contiguous floats x [N, G, C]";
+    return "quantize_backward: wanted contiguous floats x [..., G, C]";
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], numbers = rows * groups * channels;
   const Type real = code_rows.type;
   if (!holds(code_rows, real, numbers) || !holds(indices, kInt64, rows * groups) ||
@@ -116,8 +118,9 @@ Error quantize_backward(Call& call, View x, View code_rows, View code_norms, Vie
       (grad_loss.type != kNone && !holds(grad_loss, real, 1)) ||
       (grad_x.type != kNone && !holds(grad_x, x.type, numbers)))
     return "quantize_backward: wanted gradients that fit the rows";
-  if (grad_codebook.type != kNone && (!dense(grad_codebook, 3) || grad_codebook.shape[1] < 1 ||
-                                      !holds(grad_codebook, real, groups * grad_codebook.shape[1] * channels)))
+  if (grad_codebook.type != kNone &&
+      (!dense(grad_codebook, 3) || grad_codebook.shape[0] != groups || grad_codebook.shape[1] < 1 ||
+       !holds(grad_codebook, real, groups * grad_codebook.shape[1] * channels)))
     return "quantize_backward: grad_codebook: wanted [G, K, C]";
   if (real == kFloat64)
     backward<double>(call, x, code_rows, code_norms, indices, grad_quantized, grad_loss, tables, commitment_weight,

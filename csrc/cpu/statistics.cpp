@@ -71,8 +71,10 @@ static void run(Call& call, const View& x, const View& indices, const View& coun
 }
 
 Error code_statistics(Call& call, View x, View indices, View counts, View sums) noexcept {
+  const bool grouped = counts.rank == 2;
+  x = by_group(x, grouped, 1), indices = by_group(indices, grouped, 0), counts = as_rows(counts);
   if (!dense(x, 3) || !dense(indices, 2) || !dense(counts, 2) || !floating(x) || indices.type != kInt64)
-    return "code_statistics: wanted contiguous floats x [N, G, C], int64 indices [N, G], counts [G, K]";
+    return "code_statistics: wanted contiguous floats x [..., G, C], int64 indices [..., G], counts [G, K]";
   const int64_t rows = x.shape[0], groups = x.shape[1], codes = counts.shape[1];
   if (indices.shape[0] != rows || indices.shape[1] != groups || counts.shape[0] != groups || counts.type > kFloat64 ||
       codes < 1 || x.shape[2] < 1 || (sums.type != kNone && !holds(sums, counts.type, groups * codes * x.shape[2])))
@@ -144,6 +146,7 @@ static void update(const View& codebook, const View& ema_counts, const View& ema
 
 Error ema_update(Call& call, View codebook, View ema_counts, View ema_sums, View counts, View sums, Tables tables,
                  double decay, double eps, bool normalize_mean) noexcept {
+  codebook = with_groups(codebook);
   if (!dense(codebook, 3) || codebook.type < kFloat32 || codebook.type > kFloat64 || !covers(tables, codebook.shape[2]))
     return "ema_update_: codebook: wanted contiguous float32 or float64 [G, K, C]";
   const int64_t count = codebook.shape[0] * codebook.shape[1], numbers = count * codebook.shape[2];

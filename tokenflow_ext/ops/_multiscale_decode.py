@@ -3,7 +3,8 @@
 import torch
 
 from tokenflow_ext.ops._multiscale_common import cells_of, contiguous, grid_rows, norms_space, refuse_outside
-from tokenflow_ext.ops._native import define, define_autograd, define_backward, runs_on
+from tokenflow_ext.ops._native import runs_on
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -41,24 +42,24 @@ def _rows_setup(ctx, inputs, output):
 
 
 def _rows_autograd(ctx, grad_rows, _):
-    grad = torch.ops.tokenflow_ext.multiscale_rows_backward(*ctx.saved_tensors, grad_rows, *ctx.options)
+    grad = MULTISCALE_ROWS_BACKWARD(*ctx.saved_tensors, grad_rows, *ctx.options)
     return grad.to(ctx.dtype), *(None,) * 8
 
 
-define(
+MULTISCALE_ROWS = define(
     "multiscale_rows(Tensor features, Tensor indices, Tensor codebook, Tensor? weight, Tensor? bias, int[] grids, "
     "int[] widths, bool unit_codes, float ratio) -> (Tensor, Tensor)",
     _rows,
     _rows_fake,
 )
-define_backward(
+MULTISCALE_ROWS_BACKWARD = define_backward(
     "multiscale_rows_backward(Tensor kept, Tensor grad_rows, int[] grids, SymInt height, SymInt width) -> Tensor",
     _rows_backward,
     lambda kept, grad_rows, grids, height, width: grad_rows.new_empty(
         (kept.shape[0], grad_rows.shape[2], height, width)
     ),
 )
-define_autograd("multiscale_rows", _rows_setup, _rows_autograd)
+define_autograd(MULTISCALE_ROWS, _rows_setup, _rows_autograd)
 
 
 def _input_rows(grids, length: int) -> int:
@@ -110,7 +111,7 @@ def _decode_backward(
         indices, code_rows, code_norms, None if as_inputs else grad, grad if as_inputs else None,
         _tables(widths, unit_codes), grid_rows(grids), height, width, weight, bias, ratio, grad_codebook, *grad_phi, *where,
     )  # fmt: skip
-    return grad_codebook, *(code_rows.new_empty(0) if g is None else g for g in grad_phi)
+    return grad_codebook, *grad_phi
 
 
 def _decode_backward_fake(
@@ -119,8 +120,8 @@ def _decode_backward_fake(
     empty = code_rows.new_empty
     return (
         empty((codes, code_rows.shape[2])),
-        empty((0,) if weight is None else weight.shape),
-        empty((0,) if bias is None else bias.shape),
+        None if weight is None else empty(weight.shape),
+        None if bias is None else empty(bias.shape),
     )
 
 
@@ -133,27 +134,25 @@ def _decode_setup(ctx, inputs, output):
 
 def _decode_autograd(ctx, grad, *_):
     indices, code_rows, code_norms, weight, bias = ctx.saved_tensors
-    grads = torch.ops.tokenflow_ext.multiscale_decode_backward(
-        indices, code_rows, code_norms, grad, weight, bias, *ctx.options
-    )
+    grads = MULTISCALE_DECODE_BACKWARD(indices, code_rows, code_norms, grad, weight, bias, *ctx.options)
     wanted = ctx.needs_input_grad[1:4]
     return None, *(g if w else None for g, w in zip(grads, wanted)), *(None,) * 7
 
 
 _OPTIONS = "int[] grids, SymInt height, SymInt width, int[] widths, bool unit_codes, float ratio, bool as_inputs"
 
-define(
+MULTISCALE_DECODE = define(
     f"multiscale_decode(Tensor indices, Tensor codebook, Tensor? weight, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _decode,
     _decode_fake,
 )
-define_backward(
+MULTISCALE_DECODE_BACKWARD = define_backward(
     "multiscale_decode_backward(Tensor indices, Tensor code_rows, Tensor code_norms, Tensor grad, Tensor? weight, "
     f"Tensor? bias, SymInt codes, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _decode_backward,
     _decode_backward_fake,
 )
-define_autograd("multiscale_decode", _decode_setup, _decode_autograd)
+define_autograd(MULTISCALE_DECODE, _decode_setup, _decode_autograd)
 
 
 def _chain(indices, codebook, grids, widths, unit_codes, refine):
@@ -195,17 +194,19 @@ def _chain_setup(ctx, inputs, output):
 
 
 def _chain_autograd(ctx, grad_inputs, *_):
-    grad = torch.ops.tokenflow_ext.multiscale_chain_backward(*ctx.saved_tensors, grad_inputs, *ctx.options)
+    grad = MULTISCALE_CHAIN_BACKWARD(*ctx.saved_tensors, grad_inputs, *ctx.options)
     return None, grad, *(None,) * 4
 
 
 _CHAIN = "int[] grids, int[] widths, bool unit_codes, int refine"
 
-define(f"multiscale_chain(Tensor indices, Tensor codebook, {_CHAIN}) -> (Tensor, Tensor, Tensor)", _chain, _chain_fake)
-define_backward(
+MULTISCALE_CHAIN = define(
+    f"multiscale_chain(Tensor indices, Tensor codebook, {_CHAIN}) -> (Tensor, Tensor, Tensor)", _chain, _chain_fake
+)
+MULTISCALE_CHAIN_BACKWARD = define_backward(
     "multiscale_chain_backward(Tensor indices, Tensor code_rows, Tensor code_norms, Tensor grad_inputs, SymInt codes, "
     f"{_CHAIN}) -> Tensor",
     _chain_backward,
     lambda indices, code_rows, code_norms, grad_inputs, codes, *_: code_rows.new_empty((codes, code_rows.shape[2])),
 )
-define_autograd("multiscale_chain", _chain_setup, _chain_autograd)
+define_autograd(MULTISCALE_CHAIN, _chain_setup, _chain_autograd)

@@ -3,7 +3,8 @@
 import torch
 
 from tokenflow_ext.ops._multiscale_common import cells_of, contiguous, grid_rows, norms_space
-from tokenflow_ext.ops._native import define, define_autograd, define_backward, runs_on, warn_non_finite
+from tokenflow_ext.ops._native import runs_on, warn_non_finite
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward, not_differentiable
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -26,7 +27,7 @@ def _quantize(
         commitment_weight + codebook_weight, quantized, indices, loss, *kept, *where,
     )  # fmt: skip
     warn_non_finite("multiscale_quantize", bad)
-    return quantized, indices, loss, *(kept if keep else (codebook.new_empty(0) for _ in kept))
+    return quantized, indices, loss, *kept
 
 
 def _quantize_fake(
@@ -38,9 +39,7 @@ def _quantize_fake(
         features.new_empty(features.shape),
         features.new_empty((batch, length), dtype=torch.int64),
         codebook.new_empty(()),
-        codebook.new_empty((batch, length, features.shape[1]) if keep else (0,)),
-        codebook.new_empty((batch, length, features.shape[1]) if keep else (0,)),
-        codebook.new_empty((batch, length, len(widths)) if keep else (0,)),
+        *(codebook.new_empty((batch, length, n)) if keep else None for n in (*features.shape[1:2] * 2, len(widths))),
     )
 
 
@@ -49,9 +48,8 @@ def _quantize_backward(
     unit_codes, ratio, accumulated, commitment_weight, codebook_weight, wants_features, wants_codebook, wants_phi,
 ):  # fmt: skip
     features, grad_quantized, weight, bias = contiguous(features, grad_quantized, weight, bias)
-    empty = rows.new_empty
     grad_features = torch.empty_like(features) if wants_features else None
-    grad_codebook = empty((codes, features.shape[1])) if wants_codebook else None
+    grad_codebook = rows.new_empty((codes, features.shape[1])) if wants_codebook else None
     grad_phi = (torch.empty_like(weight), torch.empty_like(bias)) if wants_phi else (None, None)
     core, where = runs_on(features)
     core.multiscale_quantize_backward(
@@ -59,11 +57,7 @@ def _quantize_backward(
         tables_of(widths, [1.0] * len(widths), metric, unit_codes), grid_rows(grids), weight, bias, ratio, accumulated,
         commitment_weight, codebook_weight, grad_features, grad_codebook, *grad_phi, *where,
     )  # fmt: skip
-    return (
-        grad_features if wants_features else features.new_empty(0),
-        grad_codebook if wants_codebook else empty(0),
-        *(grad_phi if wants_phi else (empty(0), empty(0))),
-    )
+    return grad_features, grad_codebook, *grad_phi
 
 
 def _quantize_backward_fake(
@@ -71,17 +65,17 @@ def _quantize_backward_fake(
     unit_codes, ratio, accumulated, commitment_weight, codebook_weight, wants_features, wants_codebook, wants_phi,
 ):  # fmt: skip
     return (
-        features.new_empty(features.shape if wants_features else (0,)),
-        rows.new_empty((codes, features.shape[1]) if wants_codebook else (0,)),
-        rows.new_empty(weight.shape if wants_phi else (0,)),
-        rows.new_empty(bias.shape if wants_phi else (0,)),
+        features.new_empty(features.shape) if wants_features else None,
+        rows.new_empty((codes, features.shape[1])) if wants_codebook else None,
+        rows.new_empty(weight.shape) if wants_phi else None,
+        rows.new_empty(bias.shape) if wants_phi else None,
     )
 
 
 def _quantize_setup(ctx, inputs, output):
     features, codebook, weight, bias, grids, widths, _, *options, _ = inputs
     _, indices, _, rows, code_rows, code_norms = output
-    ctx.mark_non_differentiable(indices, rows, code_rows, code_norms)
+    not_differentiable(ctx, indices, rows, code_rows, code_norms)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(features, indices, rows, code_rows, code_norms, weight, bias)
     ctx.options = (codebook.shape[0], grids, widths, *options)
@@ -95,7 +89,7 @@ def _quantize_autograd(ctx, grad_quantized, grad_indices, grad_loss, *_):
     # `quantized` sends nothing to codebooks or phi; phi only lies on the way of the loss on accumulated maps.
     wants_codebook = ctx.needs_input_grad[1] and grad_loss is not None
     wants_phi = weight is not None and any(ctx.needs_input_grad[2:4]) and grad_loss is not None
-    grads = torch.ops.tokenflow_ext.multiscale_quantize_backward(
+    grads = MULTISCALE_QUANTIZE_BACKWARD(
         *saved, grad_quantized, grad_loss, weight, bias, *ctx.options, wants_features, wants_codebook, wants_phi
     )
     wanted = (wants_features, wants_codebook, wants_phi, wants_phi)
@@ -104,13 +98,13 @@ def _quantize_autograd(ctx, grad_quantized, grad_indices, grad_loss, *_):
 
 _LOOP = "int[] grids, int[] widths, float[] weights, str metric, bool unit_codes, float ratio"
 
-define(
+MULTISCALE_QUANTIZE = define(
     f"multiscale_quantize(Tensor features, Tensor codebook, Tensor? weight, Tensor? bias, {_LOOP}, bool accumulated, "
     "float commitment_weight, float codebook_weight, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _quantize,
     _quantize_fake,
 )
-define_backward(
+MULTISCALE_QUANTIZE_BACKWARD = define_backward(
     "multiscale_quantize_backward(Tensor features, Tensor indices, Tensor rows, Tensor code_rows, Tensor code_norms, "
     "Tensor? grad_quantized, Tensor? grad_loss, Tensor? weight, Tensor? bias, SymInt codes, int[] grids, int[] widths, "
     "str metric, bool unit_codes, float ratio, bool accumulated, float commitment_weight, float codebook_weight, "
@@ -118,4 +112,4 @@ define_backward(
     _quantize_backward,
     _quantize_backward_fake,
 )
-define_autograd("multiscale_quantize", _quantize_setup, _quantize_autograd)
+define_autograd(MULTISCALE_QUANTIZE, _quantize_setup, _quantize_autograd)

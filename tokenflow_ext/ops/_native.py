@@ -1,5 +1,6 @@
 """The door to the native core: loading it, handing tensors over, choosing the backend."""
 
+import contextlib
 import os
 import threading
 import warnings
@@ -47,7 +48,6 @@ _forked = False
 _warned = set()
 _counts = {}  # by ordinal of the CUDA device; -1: emulated
 _emulator = None
-LIBRARY = torch.library.Library("tokenflow_ext", "DEF")
 
 
 def _after_fork() -> None:
@@ -71,7 +71,7 @@ def runs_on(tensor: torch.Tensor):
     kernels add what they may not raise or warn about: ids outside their table, rows that are not finite.
     """
     if tensor.is_cpu:
-        if _emulator is not None and _asked.emulated:
+        if emulates():
             return _emulator, (-1, 0, counts(-1))
         return _C, (threads(),)
     device = tensor.get_device()
@@ -115,6 +115,21 @@ class _Asked(threading.local):
 
 
 _asked = _Asked()
+
+
+def emulates() -> bool:
+    """Whether ops on CPU tensors now run on the core that a test registered."""
+    return _emulator is not None and _asked.emulated
+
+
+@contextlib.contextmanager
+def emulating(wanted: bool):
+    """Inside the block they do, or do not."""
+    before, _asked.emulated = _asked.emulated, wanted
+    try:
+        yield
+    finally:
+        _asked.emulated = before
 
 
 def register_core(name: str, module) -> None:
@@ -167,7 +182,7 @@ def use_native(op: str, backend: str, *tensors: torch.Tensor) -> bool:
         return False
     if _C is None:
         missing = f"the native core could not be loaded ({_why})"
-    elif tensors[0].is_cpu and (_emulator is None or not _asked.emulated):
+    elif tensors[0].is_cpu and not emulates():
         return True
     else:
         missing = _missing(op, tensors)
@@ -196,49 +211,6 @@ def _missing(op: str, tensors) -> str | None:
         return f"no kernel for {device} tensors computes in float64"
     lacks = [name for name in KERNELS.get(op, [op]) if not hasattr(core, name)]
     return f"{', '.join(lacks)} was not built for {device} tensors" if lacks else None
-
-
-def define(schema: str, kernel, fake) -> torch._ops.OpOverload:
-    """Registers one operator of torch.ops.tokenflow_ext, its schema, its kernel for every core and its shapes, and returns it."""
-    name = schema.split("(")[0]
-    LIBRARY.define(schema)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, kernel, key)
-    torch.library.register_fake(f"tokenflow_ext::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.tokenflow_ext, name).default
-
-
-def define_backward(schema: str, kernel, fake) -> torch._ops.OpOverload:
-    """Registers the closed-form backward of an operator; asking for its own derivative is an error, not a zero."""
-    name = schema.split("(")[0]
-    op = define(schema, kernel, fake)
-
-    def twice(ctx, *grads):
-        raise RuntimeError(
-            f"{name.removesuffix('_backward')}: it is differentiable once, a second derivative was asked for"
-        )
-
-    torch.library.register_autograd(f"tokenflow_ext::{name}", twice, lib=LIBRARY)
-    return op
-
-
-def define_autograd(name: str, setup, backward) -> None:
-    """Joins an operator and its backward, which runs on the core that its forward ran on."""
-
-    def setup_context(ctx, inputs, output):
-        ctx.emulated = _emulator is not None and _asked.emulated
-        setup(ctx, inputs, output)
-
-    def followed(ctx, *grads):
-        if _emulator is None or ctx.emulated == _asked.emulated:
-            return backward(ctx, *grads)
-        _asked.emulated = ctx.emulated
-        try:
-            return backward(ctx, *grads)
-        finally:
-            _asked.emulated = not ctx.emulated
-
-    torch.library.register_autograd(f"tokenflow_ext::{name}", followed, setup_context=setup_context, lib=LIBRARY)
 
 
 def warn_non_finite(op: str, count: int) -> None:

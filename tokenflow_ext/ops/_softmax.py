@@ -3,6 +3,7 @@
 import torch
 
 from tokenflow_ext.ops._native import runs_on, warn_non_finite
+from tokenflow_ext.ops.search import NEAREST_CODE
 
 
 def left_out(*parts: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -21,5 +22,5 @@ def best_codes(op: str, x: torch.Tensor, codebook: torch.Tensor, good: torch.Ten
         warn_non_finite(op, int(left))
     else:
         where[2][1] += left
-    (ids,) = torch.ops.tokenflow_ext.nearest_code(x, codebook, "dot")
+    (ids,) = NEAREST_CODE(x, codebook, "dot")
     return torch.where(good, ids, -1)

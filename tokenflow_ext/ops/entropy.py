@@ -4,7 +4,8 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import define, define_autograd, define_backward, real, runs_on, use_native
+from tokenflow_ext.ops._native import real, runs_on, use_native
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward
 from tokenflow_ext.ops._softmax import best_codes, left_out
 from tokenflow_ext.ops.normalize import normalize_rows
 
@@ -41,13 +42,13 @@ def _entropy_loss_backward(
     core.entropy_loss_backward(
         x, codebook, ids, eps, log_totals, entropies, means, grad_losses, grad_x, grad_codebook, *where
     )
-    return grad_x if wants_x else x.new_empty(0), grad_codebook if wants_codebook else x.new_empty(0)
+    return grad_x, grad_codebook
 
 
 def _entropy_loss_backward_fake(
     x, codebook, ids, log_totals, entropies, means, grad_losses, eps, wants_x, wants_codebook
 ):  # fmt: skip
-    return x.new_empty(x.shape if wants_x else (0,)), x.new_empty(codebook.shape if wants_codebook else (0,))
+    return x.new_empty(x.shape) if wants_x else None, x.new_empty(codebook.shape) if wants_codebook else None
 
 
 def _setup(ctx, inputs, output):
@@ -61,24 +62,22 @@ def _backward(ctx, grad_losses, *_):
     if grad_losses is None:
         return None, None, None, None
     wants_x, wants_codebook = ctx.needs_input_grad[:2]
-    grad_x, grad_codebook = torch.ops.tokenflow_ext.entropy_loss_backward(
-        *ctx.saved_tensors, grad_losses, ctx.eps, wants_x, wants_codebook
-    )
+    grad_x, grad_codebook = ENTROPY_LOSS_BACKWARD(*ctx.saved_tensors, grad_losses, ctx.eps, wants_x, wants_codebook)
     return grad_x if wants_x else None, grad_codebook if wants_codebook else None, None, None
 
 
-define(
+ENTROPY_LOSS = define(
     "entropy_loss(Tensor x, Tensor codebook, Tensor good, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _entropy_loss,
     _entropy_loss_fake,
 )
-define_backward(
+ENTROPY_LOSS_BACKWARD = define_backward(
     "entropy_loss_backward(Tensor x, Tensor codebook, Tensor ids, Tensor log_totals, Tensor entropies, Tensor means, "
     "Tensor grad_losses, float eps, bool wants_x, bool wants_codebook) -> (Tensor, Tensor)",
     _entropy_loss_backward,
     _entropy_loss_backward_fake,
 )
-define_autograd("entropy_loss", _setup, _backward)
+define_autograd(ENTROPY_LOSS, _setup, _backward)
 
 
 def _searched(parts, metric: str, backend: str) -> list[torch.Tensor]:
@@ -160,5 +159,5 @@ def entropy_loss(
     else:
         xs, codebooks = [xs[0].to(dtype)], [codebooks[0].to(dtype)]
     factors = _logit_factors(xs, codebooks, metric, weights or [1.0], temperature, backend)
-    first, second = torch.ops.tokenflow_ext.entropy_loss(*factors, eps)[0].unbind()
+    first, second = ENTROPY_LOSS(*factors, eps)[0].unbind()
     return first, second

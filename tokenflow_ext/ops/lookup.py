@@ -4,21 +4,22 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import check_ids, define, define_autograd, define_backward, runs_on, use_native
+from tokenflow_ext.ops._native import check_ids, runs_on, use_native
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward
 
 
 def _lookup(indices, codebook):
     indices, codebook = indices.contiguous(), codebook.contiguous()
-    rows = codebook.new_empty((*indices.shape, codebook.shape[2]))
+    rows = codebook.new_empty((*indices.shape, codebook.shape[-1]))
     core, where = runs_on(codebook)
     outside, _ = core.lookup(indices, codebook, rows, *where)
-    check_ids("lookup", outside, codebook.shape[1])
+    check_ids("lookup", outside, codebook.shape[-2])
     return rows
 
 
-def _lookup_backward(indices, grad_rows, codes):
+def _lookup_backward(indices, grad_rows, shape):
     indices, grad_rows = indices.contiguous(), grad_rows.contiguous()
-    grad = grad_rows.new_empty((grad_rows.shape[1], codes, grad_rows.shape[2]))
+    grad = grad_rows.new_empty(shape)
     core, where = runs_on(grad_rows)
     core.lookup_backward(indices, grad_rows, grad, *where)
     return grad
@@ -26,24 +27,24 @@ def _lookup_backward(indices, grad_rows, codes):
 
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[0])
-    ctx.codes = inputs[1].shape[1]
+    ctx.shape = inputs[1].shape
 
 
 def _backward(ctx, grad_rows):
-    return None, torch.ops.tokenflow_ext.lookup_backward(ctx.saved_tensors[0], grad_rows, ctx.codes)
+    return None, LOOKUP_BACKWARD(ctx.saved_tensors[0], grad_rows, ctx.shape)
 
 
-define(
+LOOKUP = define(
     "lookup(Tensor indices, Tensor codebook) -> Tensor",
     _lookup,
-    lambda indices, codebook: codebook.new_empty((*indices.shape, codebook.shape[2])),
+    lambda indices, codebook: codebook.new_empty((*indices.shape, codebook.shape[-1])),
 )
-define_backward(
-    "lookup_backward(Tensor indices, Tensor grad_rows, SymInt codes) -> Tensor",
+LOOKUP_BACKWARD = define_backward(
+    "lookup_backward(Tensor indices, Tensor grad_rows, SymInt[] shape) -> Tensor",
     _lookup_backward,
-    lambda indices, grad_rows, codes: grad_rows.new_empty((grad_rows.shape[1], codes, grad_rows.shape[2])),
+    lambda indices, grad_rows, shape: grad_rows.new_empty(shape),
 )
-define_autograd("lookup", _setup, _backward)
+define_autograd(LOOKUP, _setup, _backward)
 
 
 def lookup(indices: torch.Tensor, codebook: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -70,21 +71,18 @@ def lookup(indices: torch.Tensor, codebook: torch.Tensor, *, backend: str = "aut
     _check.ids("lookup", "indices", indices)
     _check.table("lookup", "codebook", codebook)
     _check.same_device("lookup", codebook=codebook, indices=indices)
-    groups = codebook.shape[0] if codebook.dim() == 3 else 1
-    if codebook.dim() == 3 and (indices.dim() < 1 or indices.shape[-1] != groups):
+    if codebook.dim() == 3 and (indices.dim() < 1 or indices.shape[-1] != codebook.shape[0]):
         raise ValueError(
-            f"lookup: indices: wanted [..., {groups}] for a codebook {list(codebook.shape)}, got {list(indices.shape)}"
+            f"lookup: indices: wanted [..., {codebook.shape[0]}] for a codebook {list(codebook.shape)}, got {list(indices.shape)}"
         )
-    return _gather("lookup", indices, codebook, groups, backend)
+    return _gather("lookup", indices, codebook, backend)
 
 
-def _gather(op: str, indices: torch.Tensor, codebook: torch.Tensor, groups: int, backend: str) -> torch.Tensor:
+def _gather(op: str, indices: torch.Tensor, codebook: torch.Tensor, backend: str) -> torch.Tensor:
     if not use_native(op, backend, indices, codebook):
         _check.ids_in_range(op, indices, codebook.shape[-2])
         return reference.lookup(indices, codebook)
-    flat = indices.reshape(_check.count(indices.shape) // groups, groups)
-    rows = torch.ops.tokenflow_ext.lookup(flat, codebook.reshape(groups, -1, codebook.shape[-1]))
-    return rows.reshape(*indices.shape, codebook.shape[-1])
+    return LOOKUP(indices, codebook)
 
 
 def shared_lookup(indices: torch.Tensor, codebooks, *, backend: str = "auto") -> tuple[torch.Tensor, ...]:
@@ -112,4 +110,4 @@ def shared_lookup(indices: torch.Tensor, codebooks, *, backend: str = "auto") ->
         _check.table(op, f"codebooks[{t}]", codebook, grouped=False)
         _check.same_device(op, **{"indices": indices, f"codebooks[{t}]": codebook})
         _check.same_codes(op, codebooks, t)
-    return tuple(_gather(op, indices, codebook, 1, backend) for codebook in codebooks)
+    return tuple(_gather(op, indices, codebook, backend) for codebook in codebooks)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenflow_ext import reference
 from tokenflow_ext._types import Quantized
-from tokenflow_ext.ops import _check, _multiscale_decode, _multiscale_quantize  # noqa: F401 (both register operators)
+from tokenflow_ext.ops import _check, _multiscale_decode, _multiscale_quantize
 from tokenflow_ext.ops import _multiscale_check as check
 from tokenflow_ext.ops._native import use_native
 
@@ -106,7 +106,7 @@ def quantize_with_rows(
     weight, bias, ratio = made.phi_tensors()
     inputs = (features, *codebooks, *(phi or ())[:2])
     keep = with_rows or (torch.is_grad_enabled() and any(i.requires_grad for i in inputs))
-    out = torch.ops.tokenflow_ext.multiscale_quantize(
+    out = _multiscale_quantize.MULTISCALE_QUANTIZE(
         features, made.codebook(codebooks), weight, bias, made.grids, made.widths, made.weights, metric, made.unit_codes,
         ratio, accumulated, commitment_weight, codebook_weight, keep,
     )  # fmt: skip
@@ -176,7 +176,7 @@ def multiscale_rows(
         )  # fmt: skip
     weight, bias, ratio = (p.detach() if isinstance(p, Tensor) else p for p in made.phi_tensors())
     codebook = made.codebook([c.detach() for c in codebooks])
-    return torch.ops.tokenflow_ext.multiscale_rows(
+    return _multiscale_decode.MULTISCALE_ROWS(
         features, indices, codebook, weight, bias, made.grids, made.widths, made.unit_codes, ratio
     )[0]
 
@@ -226,7 +226,7 @@ def multiscale_decode(
             normalize_codes=normalize_codes,
         )  # fmt: skip
     weight, bias, ratio = made.phi_tensors()
-    return torch.ops.tokenflow_ext.multiscale_decode(
+    return _multiscale_decode.MULTISCALE_DECODE(
         indices,
         made.codebook(codebooks),
         weight,
@@ -305,10 +305,10 @@ def multiscale_inputs(
         )  # fmt: skip
     codebook = made.codebook(codebooks)
     if rule == "chain":
-        return torch.ops.tokenflow_ext.multiscale_chain(
+        return _multiscale_decode.MULTISCALE_CHAIN(
             indices, codebook, made.grids, made.widths, made.unit_codes, refine or 0
         )[0]
     weight, bias, ratio = made.phi_tensors()
-    return torch.ops.tokenflow_ext.multiscale_decode(
+    return _multiscale_decode.MULTISCALE_DECODE(
         indices, codebook, weight, bias, made.grids, *made.size, made.widths, made.unit_codes, ratio, True
     )[0]

@@ -4,12 +4,12 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import define, define_autograd, define_backward, runs_on, use_native
+from tokenflow_ext.ops._native import runs_on, use_native
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward
 
 
 def _normalize_rows(x):
-    x = x.contiguous()
-    y = torch.empty_like(x)
+    x, y = x.contiguous(), x.new_empty(x.shape)
     core, where = runs_on(x)
     core.normalize_rows(x, y, *where)
     return y
@@ -17,22 +17,22 @@ def _normalize_rows(x):
 
 def _normalize_rows_backward(x, grad_y):
     x, grad_y = x.contiguous(), grad_y.contiguous()
-    grad_x = torch.empty_like(x)
+    grad_x = x.new_empty(x.shape)
     core, where = runs_on(x)
     core.normalize_rows_backward(x, grad_y, grad_x, *where)
     return grad_x
 
 
-define("normalize_rows(Tensor x) -> Tensor", _normalize_rows, lambda x: x.new_empty(x.shape))
-define_backward(
+NORMALIZE_ROWS = define("normalize_rows(Tensor x) -> Tensor", _normalize_rows, lambda x: x.new_empty(x.shape))
+NORMALIZE_ROWS_BACKWARD = define_backward(
     "normalize_rows_backward(Tensor x, Tensor grad_y) -> Tensor",
     _normalize_rows_backward,
     lambda x, grad_y: x.new_empty(x.shape),
 )
 define_autograd(
-    "normalize_rows",
+    NORMALIZE_ROWS,
     lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
-    lambda ctx, grad: torch.ops.tokenflow_ext.normalize_rows_backward(ctx.saved_tensors[0], grad),
+    lambda ctx, grad: NORMALIZE_ROWS_BACKWARD(ctx.saved_tensors[0], grad),
 )
 
 
@@ -62,5 +62,4 @@ def normalize_rows(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
         raise ValueError(f"normalize_rows: x: wanted [..., D] with D >= 1, got {list(x.shape)}")
     if not use_native("normalize_rows", backend, x):
         return reference.normalize_rows(x)
-    rows = x.reshape(_check.count(x.shape[:-1]), x.shape[-1])
-    return torch.ops.tokenflow_ext.normalize_rows(rows).reshape(x.shape)
+    return NORMALIZE_ROWS(x)

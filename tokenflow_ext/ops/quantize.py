@@ -5,16 +5,8 @@ import torch
 from tokenflow_ext import reference
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import (
-    define,
-    define_autograd,
-    define_backward,
-    quietly,
-    real,
-    runs_on,
-    use_native,
-    warn_non_finite,
-)
+from tokenflow_ext.ops._native import in_type, quietly, real, runs_on, use_native, warn_non_finite
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward, not_differentiable
 from tokenflow_ext.ops.search import concatenate, tables_of
 
 # What a training step asks for beside the result: nothing, the rows of every code, or those and their sums.
@@ -25,13 +17,11 @@ def _quantize(
     x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward, statistics=NOTHING
 ):  # fmt: skip
     x, codebook = x.contiguous(), codebook.contiguous()
-    rows, groups, _ = x.shape
-    quantized = torch.empty_like(x)
-    indices = x.new_empty((rows, groups), dtype=torch.int64)
-    loss = codebook.new_empty(())
     # What backward reads: never the codebook, which an EMA may have moved by then, nor the output, which is the user's.
-    code_rows = codebook.new_empty(x.shape) if for_backward else None
-    code_norms = codebook.new_empty((rows, groups, len(widths))) if for_backward and metric == "cosine" else None
+    outputs = _quantize_fake(
+        x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward, statistics
+    )
+    quantized, indices, loss, code_rows, code_norms, counts, sums = outputs
     searched = codebook.new_empty(x.shape) if statistics == SUMS else None
     core, where = runs_on(x)
     _, bad = core.quantize(
@@ -39,62 +29,57 @@ def _quantize(
         searched, code_rows, code_norms, *where,
     )  # fmt: skip
     warn_non_finite("quantize", bad)
-    counts = codebook.new_empty(codebook.shape[:2]) if statistics != NOTHING else None
-    sums = torch.empty_like(codebook) if statistics == SUMS else None
     if statistics != NOTHING:
         core.code_statistics(x if sums is None else searched, indices, counts, sums, *quietly(where))
-    # Each output needs storage of its own, empty ones too.
-    kept = (codebook.new_empty(0) if t is None else t for t in (code_rows, code_norms, counts, sums))
-    return quantized, indices, loss, *kept
+    return outputs
 
 
 def _quantize_fake(
     x, codebook, widths, weights, metric, commitment_weight, codebook_weight, for_backward, statistics=NOTHING
 ):  # fmt: skip
-    rows, groups, _ = x.shape
+    lead = x.shape[:-1]
     return (
         x.new_empty(x.shape),
-        x.new_empty((rows, groups), dtype=torch.int64),
+        x.new_empty(lead, dtype=torch.int64),
         codebook.new_empty(()),
-        codebook.new_empty(x.shape if for_backward else (0,)),
-        codebook.new_empty((rows, groups, len(widths)) if for_backward and metric == "cosine" else (0,)),
-        codebook.new_empty(codebook.shape[:2] if statistics != NOTHING else (0,)),
-        codebook.new_empty(codebook.shape if statistics == SUMS else (0,)),
+        codebook.new_empty(x.shape) if for_backward else None,
+        codebook.new_empty((*lead, len(widths))) if for_backward and metric == "cosine" else None,
+        codebook.new_empty(codebook.shape[:-1]) if statistics != NOTHING else None,
+        codebook.new_empty(codebook.shape) if statistics == SUMS else None,
     )
 
 
 def _quantize_backward(
-    x, code_rows, code_norms, indices, grad_quantized, grad_loss, codes, widths, metric, commitment_weight, codebook_weight,
+    x, code_rows, code_norms, indices, grad_quantized, grad_loss, shape, widths, metric, commitment_weight, codebook_weight,
     wants_x, wants_codebook,
 ):  # fmt: skip
     x = x.contiguous()
     grad_quantized = grad_quantized.contiguous() if grad_quantized is not None else None
     grad_loss = grad_loss.contiguous() if grad_loss is not None else None
-    grad_x = torch.empty_like(x) if wants_x else None
-    grad_codebook = code_rows.new_empty((x.shape[1], codes, x.shape[2])) if wants_codebook else None
+    grad_x = x.new_empty(x.shape) if wants_x else None
+    grad_codebook = code_rows.new_empty(shape) if wants_codebook else None
     core, where = runs_on(x)
     core.quantize_backward(
         x, code_rows, code_norms, indices, grad_quantized, grad_loss, tables_of(widths, [1.0] * len(widths), metric),
         commitment_weight, codebook_weight, grad_x, grad_codebook, *where,
     )  # fmt: skip
-    return grad_x if wants_x else x.new_empty(0), grad_codebook if wants_codebook else x.new_empty(0)
+    return grad_x, grad_codebook
 
 
 def _quantize_backward_fake(
-    x, code_rows, code_norms, indices, grad_quantized, grad_loss, codes, widths, metric, commitment_weight, codebook_weight,
+    x, code_rows, code_norms, indices, grad_quantized, grad_loss, shape, widths, metric, commitment_weight, codebook_weight,
     wants_x, wants_codebook,
 ):  # fmt: skip
-    grad_codebook = code_rows.new_empty((x.shape[1], codes, x.shape[2])) if wants_codebook else x.new_empty(0)
-    return x.new_empty(x.shape if wants_x else (0,)), grad_codebook
+    return x.new_empty(x.shape) if wants_x else None, code_rows.new_empty(shape) if wants_codebook else None
 
 
 def _setup(ctx, inputs, output):
     x, codebook, widths, weights, metric, commitment_weight, codebook_weight, *_ = inputs
     _, indices, _, code_rows, code_norms, counts, sums = output
-    ctx.mark_non_differentiable(indices, code_rows, code_norms, counts, sums)
+    not_differentiable(ctx, indices, code_rows, code_norms, counts, sums)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, code_rows, code_norms, indices)
-    ctx.options = (codebook.shape[1], widths, metric, commitment_weight, codebook_weight)
+    ctx.options = (codebook.shape, widths, metric, commitment_weight, codebook_weight)
 
 
 def _backward(ctx, grad_quantized, grad_indices, grad_loss, *_):
@@ -104,32 +89,32 @@ def _backward(ctx, grad_quantized, grad_indices, grad_loss, *_):
         return (None,) * 9
     # Straight-through values send nothing to the codebook.
     reaches_codebook = wants_codebook and grad_loss is not None
-    grad_x, grad_codebook = torch.ops.tokenflow_ext.quantize_backward(
+    grad_x, grad_codebook = QUANTIZE_BACKWARD(
         x, code_rows, code_norms, indices, grad_quantized, grad_loss, *ctx.options, wants_x, reaches_codebook
     )
     return grad_x if wants_x else None, grad_codebook if reaches_codebook else None, *(None,) * 7
 
 
-define(
+QUANTIZE = define(
     "quantize(Tensor x, Tensor codebook, int[] widths, float[] weights, str metric, float commitment_weight, "
     "float codebook_weight, bool for_backward, int statistics=0) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _quantize,
     _quantize_fake,
 )
-define_backward(
-    "quantize_backward(Tensor x, Tensor code_rows, Tensor code_norms, Tensor indices, Tensor? grad_quantized, "
-    "Tensor? grad_loss, SymInt codes, int[] widths, str metric, float commitment_weight, float codebook_weight, "
+QUANTIZE_BACKWARD = define_backward(
+    "quantize_backward(Tensor x, Tensor code_rows, Tensor? code_norms, Tensor indices, Tensor? grad_quantized, "
+    "Tensor? grad_loss, SymInt[] shape, int[] widths, str metric, float commitment_weight, float codebook_weight, "
     "bool wants_x, bool wants_codebook) -> (Tensor, Tensor)",
     _quantize_backward,
     _quantize_backward_fake,
 )
-define_autograd("quantize", _setup, _backward)
+define_autograd(QUANTIZE, _setup, _backward)
 
 
 def _call(x, codebook, *options, statistics):
     for_backward = torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)
-    return torch.ops.tokenflow_ext.quantize(x, codebook, *options, for_backward, statistics)
+    return QUANTIZE(x, codebook, *options, for_backward, statistics)
 
 
 def quantize(
@@ -175,22 +160,22 @@ def quantize(
 
 
 def quantize_and_count(x, codebook, statistics, *, metric, commitment_weight, codebook_weight, backend):
-    """`quantize`, and what a training step wants of its rows: (Quantized, counts [G, K], sums [G, K, C] of the rows as searched).
+    """`quantize`, and what a training step wants of its rows: (Quantized, counts, sums of the rows as searched).
 
-    `statistics` is NOTHING, HITS or SUMS; what was not asked for is empty, and both are None where the twin ran.
+    `statistics` is NOTHING, HITS or SUMS; counts have the codebook's shape without its last axis, sums all of it. What was not
+    asked for is empty or None, and both are None where the twin ran.
     """
-    rows, table = _check.rows_and_table("quantize", x, codebook)
+    _check.rows_fit("quantize", x, codebook)
     _check.metric("quantize", metric)
     commitment_weight = _check.non_negative("quantize", "commitment_weight", commitment_weight)
     codebook_weight = _check.non_negative("quantize", "codebook_weight", codebook_weight)
     options = {"metric": metric, "commitment_weight": commitment_weight, "codebook_weight": codebook_weight}
     if not use_native("quantize", backend, x, codebook):
-        _check.warn_about_rows("quantize", rows)
+        _check.warn_about_rows("quantize", x)
         return reference.quantize(x, codebook, **options), None, None
-    table = table.to(real(x, codebook))
     options = [x.shape[-1]], [1.0], metric, commitment_weight, codebook_weight
-    out = _call(rows, table, *options, statistics=statistics)
-    return Quantized(out[0].reshape(x.shape), out[1].reshape(x.shape[:-1]), out[2]), *out[5:]
+    out = _call(x, in_type(codebook, real(x, codebook)), *options, statistics=statistics)
+    return Quantized(*out[:3]), *out[5:]
 
 
 def shared_quantize(
@@ -249,9 +234,6 @@ def shared_quantize_and_count(
         _check.warn_about_rows(op, *xs)
         return reference.shared_quantize(xs, codebooks, weights=weights, **options), None, None
     x, codebook = concatenate(xs, codebooks)
-    x = x.reshape(_check.count(x.shape[:-1]), 1, x.shape[-1])
     options = widths, weights, metric, commitment_weight, codebook_weight
-    out = _call(x, codebook[None], *options, statistics=statistics)
-    parts = out[0].split(widths, dim=-1)
-    quantized = tuple(part.reshape(x.shape) for part, x in zip(parts, xs))
-    return Quantized(quantized, out[1].reshape(xs[0].shape[:-1]), out[2]), *out[5:]
+    out = _call(x, codebook, *options, statistics=statistics)
+    return Quantized(out[0].split(widths, dim=-1), *out[1:3]), *out[5:]

@@ -6,7 +6,8 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import constant, define, in_type, real, runs_on, use_native, warn_non_finite
+from tokenflow_ext.ops._native import constant, in_type, real, runs_on, use_native, warn_non_finite
+from tokenflow_ext.ops._operator import define
 
 
 def tables_of(widths, weights, metric, unit_codes: bool | None = None):
@@ -34,7 +35,7 @@ def _nearest_code_fake(x, codebook, metric, topk=1, window=None, with_scores=Fal
     return [x.new_empty(shape, dtype=torch.int64)] + [codebook.new_empty(shape)] * with_scores
 
 
-_NEAREST_CODE = define(
+NEAREST_CODE = define(
     "nearest_code(Tensor x, Tensor codebook, str metric, int topk=1, SymInt[]? window=None, bool with_scores=False, "
     "int[]? widths=None, float[]? weights=None) -> Tensor[]",
     _nearest_code,
@@ -91,7 +92,7 @@ def nearest_code(
         _check.warn_about_rows(op, x)
         return reference.nearest_code(x, codebook, metric=metric, topk=topk, window=window, return_scores=return_scores)
     codebook = in_type(codebook, real(x, codebook))
-    found = _NEAREST_CODE(constant(x), constant(codebook), metric, topk, window, return_scores)
+    found = NEAREST_CODE(constant(x), constant(codebook), metric, topk, window, return_scores)
     return tuple(found) if return_scores else found[0]
 
 
@@ -137,7 +138,7 @@ def shared_nearest_code(xs, codebooks, *, metric: str = "cosine", weights=None, 
         _check.warn_about_rows(op, *xs)
         return reference.shared_nearest_code(xs, codebooks, metric=metric, weights=weights)
     x, codebook = concatenate([constant(x) for x in xs], [constant(c) for c in codebooks])
-    return _NEAREST_CODE(x, codebook, metric, 1, None, False, widths, weights)[0]
+    return NEAREST_CODE(x, codebook, metric, 1, None, False, widths, weights)[0]
 
 
 def concatenate(xs, codebooks) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,13 +4,15 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import define, define_autograd, define_backward, real, runs_on, use_native
+from tokenflow_ext.ops._native import real, runs_on, use_native
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward
 from tokenflow_ext.ops._softmax import best_codes, left_out
+from tokenflow_ext.ops.lookup import LOOKUP, LOOKUP_BACKWARD
 
 
 def _soft_quantize(x, keys, values, good):
     ids = best_codes("soft_quantize", x, keys, good)
-    rows = torch.ops.tokenflow_ext.lookup(ids.clamp_min(0), values)
+    rows = LOOKUP(ids.clamp_min(0), values)
     return torch.where(good[..., None], rows, torch.nan), ids
 
 
@@ -25,11 +27,11 @@ def _soft_quantize_backward(x, keys, values, ids, grad, wants_x, wants_keys):
     grad_keys = torch.empty_like(keys) if wants_keys else None
     core, where = runs_on(x)
     core.soft_quantize_backward(x, keys, values, ids, grad, grad_x, grad_keys, *where)
-    return grad_x if wants_x else x.new_empty(0), grad_keys if wants_keys else x.new_empty(0)
+    return grad_x, grad_keys
 
 
 def _soft_quantize_backward_fake(x, keys, values, ids, grad, wants_x, wants_keys):
-    return x.new_empty(x.shape if wants_x else (0,)), x.new_empty(keys.shape if wants_keys else (0,))
+    return x.new_empty(x.shape) if wants_x else None, x.new_empty(keys.shape) if wants_keys else None
 
 
 def _setup(ctx, inputs, output):
@@ -46,26 +48,24 @@ def _backward(ctx, grad, _):
     grad_x = grad_keys = grad_values = None
     if wants_values:
         passed = torch.where(ids[..., None] >= 0, grad, 0.0)
-        grad_values = torch.ops.tokenflow_ext.lookup_backward(ids.clamp_min(0), passed, values.shape[1])
+        grad_values = LOOKUP_BACKWARD(ids.clamp_min(0), passed, values.shape)
     if wants_x or wants_keys:
-        grad_x, grad_keys = torch.ops.tokenflow_ext.soft_quantize_backward(
-            x, keys, values, ids, grad, wants_x, wants_keys
-        )
+        grad_x, grad_keys = SOFT_QUANTIZE_BACKWARD(x, keys, values, ids, grad, wants_x, wants_keys)
     return grad_x if wants_x else None, grad_keys if wants_keys else None, grad_values, None
 
 
-define(
+SOFT_QUANTIZE = define(
     "soft_quantize(Tensor x, Tensor keys, Tensor values, Tensor good) -> (Tensor, Tensor)",
     _soft_quantize,
     _soft_quantize_fake,
 )
-define_backward(
+SOFT_QUANTIZE_BACKWARD = define_backward(
     "soft_quantize_backward(Tensor x, Tensor keys, Tensor values, Tensor ids, Tensor grad, bool wants_x, bool wants_keys)"
     " -> (Tensor, Tensor)",
     _soft_quantize_backward,
     _soft_quantize_backward_fake,
 )
-define_autograd("soft_quantize", _setup, _backward)
+define_autograd(SOFT_QUANTIZE, _setup, _backward)
 
 
 def soft_quantize(
@@ -137,6 +137,6 @@ def soft_quantize(
     rows = rows if scale == 1 else rows * scale
     if bias is not None:
         rows = torch.cat([rows, rows.new_ones((rows.shape[0], 1, 1))], dim=-1)
-    quantized, ids = torch.ops.tokenflow_ext.soft_quantize(rows, table[None], values[None], good)
+    quantized, ids = SOFT_QUANTIZE(rows, table[None], values[None], good)
     shape = x.shape[:-1]
     return quantized.reshape(*shape, values.shape[1]).to(x.dtype), ids.clamp_min(0).reshape(shape)

@@ -4,44 +4,41 @@ import torch
 
 from tokenflow_ext import reference
 from tokenflow_ext.ops import _check
-from tokenflow_ext.ops._native import check_ids, define, real, runs_on, use_native, warn_non_finite
+from tokenflow_ext.ops._native import check_ids, constant, real, runs_on, use_native, warn_non_finite
+from tokenflow_ext.ops._operator import define
 from tokenflow_ext.ops.search import tables_of
 
 
 def _code_statistics(x, indices, codes):
     x, indices = x.contiguous(), indices.contiguous()
-    _, groups, channels = x.shape
-    dtype = real(x)
-    counts = x.new_empty((groups, codes), dtype=dtype)
-    sums = x.new_empty((groups, codes, channels), dtype=dtype)
+    counts, sums = _code_statistics_fake(x, indices, codes)
     core, where = runs_on(x)
     outside, bad = core.code_statistics(x, indices, counts, sums, *where)
-    check_ids("code_statistics", outside, codes)
+    check_ids("code_statistics", outside, codes[-1])
     warn_non_finite("code_statistics", bad)
     return counts, sums
 
 
 def _code_statistics_fake(x, indices, codes):
     dtype = real(x)
-    shape = (x.shape[1], codes)
-    return x.new_empty(shape, dtype=dtype), x.new_empty((*shape, x.shape[2]), dtype=dtype)
+    return x.new_empty(codes, dtype=dtype), x.new_empty((*codes, x.shape[-1]), dtype=dtype)
 
 
 def _ema_update_(codebook, ema_counts, ema_sums, counts, sums, decay, eps, metric, normalize_mean):
     counts, sums = counts.contiguous(), sums.contiguous()
-    tables = tables_of([codebook.shape[2]], [1.0], metric)
+    tables = tables_of(codebook.shape[-1:], (1.0,), metric)
     # A write through a pointer is invisible to autograd: without this a gradient that needs the old values goes wrong silently.
     torch.autograd.graph.increment_version((codebook, ema_counts, ema_sums))
     core, where = runs_on(codebook)
     core.ema_update(codebook, ema_counts, ema_sums, counts, sums, tables, decay, eps, normalize_mean, *where)
 
 
-define(
-    "code_statistics(Tensor x, Tensor indices, SymInt codes) -> (Tensor, Tensor)",
+CODE_STATISTICS = define(
+    "code_statistics(Tensor x, Tensor indices, SymInt[] codes) -> (Tensor, Tensor)",
     _code_statistics,
     _code_statistics_fake,
 )
-define(
+EMA_UPDATE_ = define(
     "ema_update_(Tensor(a!) codebook, Tensor(b!) ema_counts, Tensor(c!) ema_sums, Tensor counts, Tensor sums, float decay, "
     "float eps, str metric, bool normalize_mean) -> ()",
     _ema_update_,
@@ -92,11 +89,7 @@ def code_statistics(x: torch.Tensor, indices: torch.Tensor, codes: int | tuple[i
         _check.ids_in_range(op, indices, size)
         _check.warn_about_rows(op, x)
         return reference.code_statistics(x.detach(), indices, codes)
-    rows = _check.count(indices.shape) // groups
-    counts, sums = torch.ops.tokenflow_ext.code_statistics(
-        x.detach().reshape(rows, groups, x.shape[-1]), indices.reshape(rows, groups), size
-    )
-    return (counts, sums) if grouped else (counts[0], sums[0])
+    return CODE_STATISTICS(constant(x), indices, (groups, size) if grouped else (size,))
 
 
 def ema_update_(
@@ -183,9 +176,5 @@ def ema_update_(
             metric=metric,
             normalize_mean=normalize_mean,
         )
-    shape = (-1, *codebook.shape[-2:])
-    torch.ops.tokenflow_ext.ema_update_(
-        codebook.view(shape), ema_counts.view(-1, codebook.shape[-2]), ema_sums.view(shape), counts.reshape(-1, codebook.shape[-2]), sums.reshape(shape),
-        float(decay), float(eps), metric, normalize_mean,
-    )  # fmt: skip
+    EMA_UPDATE_(codebook, ema_counts, ema_sums, counts, sums, float(decay), float(eps), metric, normalize_mean)
     return codebook

@@ -1,0 +1,142 @@
+"""The two ways to an operator, short and through the dispatcher: the same results, and who listens on the way hears of it."""
+
+import pytest
+import torch
+from harness import leaves, normal, same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenflow_ext import ops
+from tokenflow_ext.ops import _operator
+from tokenflow_ext.ops.lookup import LOOKUP
+from tokenflow_ext.ops.normalize import NORMALIZE_ROWS
+from tokenflow_ext.ops.quantize import QUANTIZE, SUMS
+from tokenflow_ext.ops.search import NEAREST_CODE
+from tokenflow_ext.ops.statistics import CODE_STATISTICS
+
+
+class Listening(TorchDispatchMode):
+    """Notes the operators of ours that pass through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tokenflow_ext":
+            self.heard.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+IDS = torch.arange(9)
+OPTIONS = [6], [1.0], "cosine", 0.25, 1.0
+CASES = {
+    "lookup": (LOOKUP, lambda x, codebook: (IDS, codebook)),
+    "normalize_rows": (NORMALIZE_ROWS, lambda x, codebook: (x,)),
+    "quantize": (QUANTIZE, lambda x, codebook: (x, codebook, *OPTIONS, True, SUMS)),
+    "quantize for nothing": (QUANTIZE, lambda x, codebook: (x, codebook, *OPTIONS, True, 0)),
+    "nearest_code": (
+        NEAREST_CODE,
+        lambda x, codebook: (x.detach(), codebook.detach(), "l2", 3, None, True, None, None),
+    ),
+    "code_statistics": (CODE_STATISTICS, lambda x, codebook: (x.detach(), IDS, [12])),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ways_give_the_same_bits_and_gradients(name):
+    operator, arguments = CASES[name]
+
+    def run(call):
+        x, codebook = leaves(normal(9, 6, seed=1), normal(12, 6, seed=2))
+        out = call(*arguments(x, codebook))
+        out = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if o is not None and o.numel()]
+        followed = [o for o in out if o.requires_grad]
+        if operator.function is not None:
+            assert followed
+            sum(o.square().sum() for o in followed).backward()
+        return [o.detach() for o in out] + [t.grad for t in (x, codebook) if t.grad is not None]
+
+    short, long = run(operator), run(operator.op)
+    assert len(short) == len(long) and all(same_bits(a, b) for a, b in zip(short, long))
+
+
+@pytest.mark.parametrize("call", [lambda o: o, lambda o: o.op], ids=["short", "dispatcher"])
+def test_a_second_derivative_is_refused_both_ways(call):
+    (x,) = leaves(normal(9, 6))
+    (first,) = torch.autograd.grad(call(NORMALIZE_ROWS)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="normalize_rows: it is differentiable once, a second derivative was asked"):
+        first.sum().backward()
+
+
+def test_plain_tensors_go_the_short_way(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the dispatcher")
+
+    monkeypatch.setattr(NORMALIZE_ROWS, "op", refuse)
+    x = normal(9, 6)
+    for tensor in (x, torch.nn.Parameter(x), x[::2], x.to(torch.bfloat16)):
+        ops.normalize_rows(tensor)
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert not ops.normalize_rows(torch.nn.Parameter(x)).requires_grad
+    with torch.inference_mode():
+        assert ops.normalize_rows(x).is_inference()
+
+
+def test_dispatch_modes_hear_forward_and_backward():
+    x, codebook = leaves(normal(9, 6, seed=1), normal(12, 6, seed=2))
+    with Listening() as mode:
+        ops.quantize(x, codebook).loss.backward()
+        ops.nearest_code(x, codebook)
+    assert mode.heard == ["quantize", "quantize_backward", "nearest_code"]
+
+
+def test_fake_tensors_get_shapes():
+    with FakeTensorMode():
+        quantized, indices, loss = ops.quantize(torch.empty(9, 6, requires_grad=True), torch.empty(12, 6))
+    assert quantized.shape == (9, 6) and indices.shape == (9,) and loss.requires_grad
+
+
+def test_the_profiler_sees_operators():
+    with torch.profiler.profile() as profile:
+        ops.normalize_rows(normal(9, 6))
+    assert "tokenflow_ext::normalize_rows" in {event.key for event in profile.key_averages()}
+
+
+def test_subclasses_of_tensors_are_asked():
+    class Named(torch.Tensor):
+        called = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if getattr(function, "namespace", "") == "tokenflow_ext":
+                cls.called.append(function._opname)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    ops.normalize_rows(normal(9, 6).as_subclass(Named))
+    assert Named.called == ["normalize_rows"]
+
+
+def test_a_negated_view_is_read_as_what_it_stands_for():
+    x = normal(9, 6)
+    negated = torch.complex(normal(9, 6, seed=1), x).conj().imag
+    assert negated.is_neg()
+    assert same_bits(ops.normalize_rows(negated), ops.normalize_rows(-x))
+    assert torch.equal(ops.nearest_code(negated, x), ops.nearest_code(-x, x))
+
+
+def test_hooks_on_saved_tensors_see_them():
+    packed = []
+    (x,) = leaves(normal(9, 6))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
+        y = ops.normalize_rows(x)
+    y.sum().backward()
+    assert packed == [x.shape] and y.grad_fn.name() == "normalize_rowsBackward"
+
+
+def test_absent_results_are_empty_where_a_schema_forbids_none():
+    x, codebook = normal(9, 6), normal(12, 6)
+    arguments = (x, codebook, *OPTIONS, False, 0)
+    assert QUANTIZE(*arguments)[3:] == (None,) * 4
+    assert [o.numel() for o in QUANTIZE.op(*arguments)[3:]] == [0] * 4
+    assert _operator.LIBRARY.ns == "tokenflow_ext"
