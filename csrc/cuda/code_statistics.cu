@@ -56,8 +56,10 @@ static __global__ void __launch_bounds__(kSumThreads)
 }
 
 Error code_statistics(Call& call, View x, View indices, View counts, View sums) noexcept {
+  const bool grouped = counts.rank == 2;
+  x = by_group(x, grouped, 1), indices = by_group(indices, grouped, 0), counts = as_rows(counts);
   if (!dense_on(x, 3) || !dense_on(indices, 2) || !dense_on(counts, 2) || !floating(x) || indices.type != kInt64)
-    return "code_statistics: wanted contiguous floats x [N, G, C], int64 indices [N, G], counts [G, K]";
+    return "code_statistics: wanted contiguous floats x [..., G, C], int64 indices [..., G], counts [G, K]";
   const int64_t rows = x.shape[0], groups = x.shape[1], codes = counts.shape[1], channels = x.shape[2];
   const bool sum = sums.type != kNone;
   if (x.type == kFloat64) return "code_statistics: x: wanted float32, float16 or bfloat16 on CUDA, got float64";

@@ -75,6 +75,7 @@ static __global__ void __launch_bounds__(kTeamThreads, 4) update_kernel(Ema job)
 
 Error ema_update(Call& call, View codebook, View ema_counts, View ema_sums, View counts, View sums, Tables tables,
                  double decay, double eps, bool normalize_mean) noexcept {
+  codebook = with_groups(codebook);
   if (!dense_on(codebook, 3) || codebook.type != kFloat32 || !covers(tables, codebook.shape[2]))
     return "ema_update_: codebook: wanted contiguous float32 [G, K, C] on CUDA";
   const int64_t groups = codebook.shape[0], codes = codebook.shape[1], channels = codebook.shape[2];

@@ -43,13 +43,15 @@ static void copy_rows(Call& call, const View& indices, const View& codebook, con
 }
 
 Error lookup(Call& call, View indices, View codebook, View rows) noexcept {
+  indices = by_group(indices, codebook.rank == 3, 0);
+  codebook = with_groups(codebook);
   if (!dense_on(indices, 2) || !dense_on(codebook, 3) || indices.type != kInt64 || !floating(codebook))
-    return "lookup: wanted contiguous int64 indices [N, G] and floats codebook [G, K, C]";
+    return "lookup: wanted contiguous int64 indices [..., G] and floats codebook [G, K, C]";
   const int64_t count = indices.shape[0] * indices.shape[1];
   if (indices.shape[1] != codebook.shape[0]) return "lookup: indices: wanted the groups of the codebook";
   if (count > kMostRows) return "lookup: indices: wanted at most 2^31 on CUDA";
   if (!holds_on(rows, codebook.type, count * codebook.shape[2]))
-    return "lookup: rows: wanted [N, G, C] of the codebook's type";
+    return "lookup: rows: wanted [..., G, C] of the codebook's type";
   if (call.counting) return nullptr;
   const int64_t bytes = codebook.shape[2] * bytes_of(codebook.type);
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(codebook.data) | reinterpret_cast<uintptr_t>(rows.data);
@@ -72,10 +74,13 @@ static __global__ void __launch_bounds__(kSumThreads) keys_kernel(Sums sums, con
 }
 
 Error lookup_backward(Call& call, View indices, View grad_rows, View grad_codebook) noexcept {
+  const bool grouped = grad_codebook.rank == 3;
+  indices = by_group(indices, grouped, 0), grad_rows = by_group(grad_rows, grouped, 1);
+  grad_codebook = with_groups(grad_codebook);
   if (!dense_on(indices, 2) || !dense_on(grad_rows, 3) || !dense_on(grad_codebook, 3) || indices.type != kInt64 ||
       !floating(grad_rows))
-    return "lookup_backward: wanted contiguous int64 indices [N, G], floats grad_rows [N, G, C], grad_codebook [G, K, "
-           "C]";
+    return "lookup_backward: wanted contiguous int64 indices [..., G], floats grad_rows [..., G, C], "
+           "grad_codebook [G, K, C]";
   const int64_t rows = indices.shape[0], groups = grad_codebook.shape[0], codes = grad_codebook.shape[1];
   if (indices.shape[1] != groups || grad_rows.shape[0] != rows || grad_rows.shape[1] != groups ||
       grad_rows.shape[2] != grad_codebook.shape[2] || grad_codebook.type != grad_rows.type || codes < 1)

@@ -42,16 +42,18 @@ static void normalize(Call& call, const View& x, const void* grad_y, const View&
 }
 
 Error normalize_rows(Call& call, View x, View y) noexcept {
+  x = as_rows(x);
   if (!dense_on(x, 2) || !floating(x) || x.type == kFloat64)
-    return "normalize_rows: x: wanted contiguous float32, float16 or bfloat16 [N, C] on CUDA";
+    return "normalize_rows: x: wanted contiguous float32, float16 or bfloat16 [..., C] on CUDA";
   if (!holds_on(y, x.type, x.shape[0] * x.shape[1])) return "normalize_rows: y: wanted the shape and type of x";
   normalize(call, x, nullptr, y);
   return nullptr;
 }
 
 Error normalize_rows_backward(Call& call, View x, View grad_y, View grad_x) noexcept {
+  x = as_rows(x);
   if (!dense_on(x, 2) || !floating(x) || x.type == kFloat64)
-    return "normalize_rows_backward: x: wanted contiguous float32, float16 or bfloat16 [N, C] on CUDA";
+    return "normalize_rows_backward: x: wanted contiguous float32, float16 or bfloat16 [..., C] on CUDA";
   if (!holds_on(grad_y, x.type, x.shape[0] * x.shape[1]) || !holds_on(grad_x, x.type, x.shape[0] * x.shape[1]))
     return "normalize_rows_backward: wanted gradients of the shape and type of x";
   normalize(call, x, grad_y.data, grad_x);
