@@ -91,8 +91,10 @@ static __global__ void __launch_bounds__(kTeamThreads)
 
 Error quantize(Call& call, View x, View codebook, Tables tables, double loss_weight, View quantized, View indices,
                View loss, View searched, View code_rows, View code_norms) noexcept {
+  x = by_group(x, codebook.rank == 3, 1);
+  codebook = with_groups(codebook);
   if (!dense_on(x, 3) || !dense_on(codebook, 3) || !floating(x))
-    return "quantize: wanted contiguous floats x [N, G, C] and codebook [G, K, C]";
+    return "quantize: wanted contiguous floats x [..., G, C] and codebook [G, K, C]";
   if (x.type == kFloat64 || codebook.type != kFloat32)
     return "quantize: wanted x of float32, float16 or bfloat16 and a codebook of float32 on CUDA";
   if (x.shape[2] != codebook.shape[2] || x.shape[1] != codebook.shape[0] || !covers(tables, x.shape[2]))

@@ -120,8 +120,10 @@ static __global__ void __launch_bounds__(kTeamThreads, 4) through_kernel(Sums su
 Error quantize_backward(Call& call, View x, View code_rows, View code_norms, View indices, View grad_quantized,
                         View grad_loss, Tables tables, double commitment_weight, double codebook_weight, View grad_x,
                         View grad_codebook) noexcept {
+  x = by_group(x, grad_codebook.rank == 3, 1);
+  grad_codebook = with_groups(grad_codebook);
   if (!dense_on(x, 3) || !floating(x) || x.type == kFloat64 || !covers(tables, x.shape[2]))
-    return "quantize_backward: x: wanted contiguous float32, float16 or bfloat16 [N, G, C] on CUDA";
+    return "quantize_backward: x: wanted contiguous float32, float16 or bfloat16 [..., G, C] on CUDA";
   const int64_t rows = x.shape[0], groups = x.shape[1], channels = x.shape[2], count = rows * groups;
   const int64_t numbers = count * channels;
   if (!holds_on(code_rows, kFloat32, numbers) || !holds_on(indices, kInt64, count) ||
@@ -131,7 +133,7 @@ Error quantize_backward(Call& call, View x, View code_rows, View code_norms, Vie
       (grad_x.type != kNone && !holds_on(grad_x, x.type, numbers)))
     return "quantize_backward: wanted gradients that fit the rows";
   const bool wants_codes = grad_codebook.type != kNone;
-  if (wants_codes && (!dense_on(grad_codebook, 3) || grad_codebook.shape[1] < 1 ||
+  if (wants_codes && (!dense_on(grad_codebook, 3) || grad_codebook.shape[0] != groups || grad_codebook.shape[1] < 1 ||
                       !holds_on(grad_codebook, kFloat32, groups * grad_codebook.shape[1] * channels)))
     return "quantize_backward: grad_codebook: wanted [G, K, C]";
   if (count > kMostRows || (wants_codes && grad_codebook.shape[1] > kMostRows))

@@ -210,7 +210,8 @@ def test_statistics_of_a_training_step(metric, statistics, dtype):
     assert counts(-1).tolist() == [0, 1], "once, though two kernels meet the row"
     counts(-1).zero_()
     assert same_bits(emulated[0].quantized, native[0].quantized)
-    assert same_bits(emulated[1], native[1]) and same_bits(emulated[2], native[2])
+    assert same_bits(emulated[1], native[1])
+    assert (emulated[2] is native[2] is None) if statistics == HITS else same_bits(emulated[2], native[2])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
