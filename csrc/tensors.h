@@ -71,7 +71,8 @@ inline Type type_of(const dl::Tensor& t) {
   return t.code == 0 && t.bits == 64 ? kInt64 : t.code == 1 && t.bits == 8 ? kUInt8 : kNone;
 }
 
-// False where the core has no name for the type. Of more than kMaxRank axes the first become one.
+// False where the core has no name for the type, or numbers have no address. Of more than kMaxRank axes the first become
+// one.
 inline bool read(const dl::Tensor& t, View* view) {
   const int joined = t.rank > kMaxRank ? t.rank - kMaxRank : 0;
   *view = {static_cast<char*>(t.data) + t.byte_offset, type_of(t), t.rank - joined,
@@ -84,7 +85,7 @@ inline bool read(const dl::Tensor& t, View* view) {
     run *= t.shape[i];
   }
   if (run == 0) view->contiguous = true;
-  return view->type != kNone;
+  return view->type != kNone && (run == 0 || t.data != nullptr);
 }
 
 // The tensor lives while the call does: its caller's argument holds it.

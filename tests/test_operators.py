@@ -4,12 +4,14 @@ import pytest
 import torch
 from harness import leaves, normal, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenflow_ext import ops
 from tokenflow_ext.ops import _operator
 from tokenflow_ext.ops.lookup import LOOKUP
-from tokenflow_ext.ops.normalize import NORMALIZE_ROWS
+from tokenflow_ext.ops.normalize import NORMALIZE_ROWS, NORMALIZE_ROWS_BACKWARD
 from tokenflow_ext.ops.quantize import QUANTIZE, SUMS
 from tokenflow_ext.ops.search import NEAREST_CODE
 from tokenflow_ext.ops.statistics import CODE_STATISTICS
@@ -89,6 +91,105 @@ def test_dispatch_modes_hear_forward_and_backward():
         ops.quantize(x, codebook).loss.backward()
         ops.nearest_code(x, codebook)
     assert mode.heard == ["quantize", "quantize_backward", "nearest_code"]
+
+
+def test_function_modes_hear():
+    class Hearing(TorchFunctionMode):
+        heard = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.heard.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Hearing() as mode:
+        ops.normalize_rows(normal(9, 6))
+    assert torch.ops.tokenflow_ext.normalize_rows.default in mode.heard
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_operators_and_no_constants():
+    x, codebook = normal(9, 6, seed=1), normal(12, 6, seed=2)
+
+    def call(x):
+        return ops.nearest_code(x, codebook), ops.normalize_rows(x), ops.quantize(x, codebook).quantized
+
+    traced = torch.jit.trace(call, (x,))
+    assert str(traced.graph).count("tokenflow_ext::") == 3
+    assert all(same_bits(a, b) for a, b in zip(traced(-x), call(-x)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_holds_operators(strict):
+    class Call(torch.nn.Module):
+        def forward(self, x, codebook):
+            return ops.quantize(x, codebook).indices, ops.nearest_code(x, codebook, topk=2), ops.normalize_rows(x)
+
+    inputs = normal(9, 6, seed=1), normal(12, 6, seed=2)
+    rows = {"x": {0: torch.export.Dim("rows")}, "codebook": None}
+    program = torch.export.export(Call(), inputs, strict=strict, dynamic_shapes=rows)
+    called = [node.target.namespace for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert called.count("tokenflow_ext") == 3
+    inputs = normal(5, 6, seed=3), inputs[1]
+    assert all(same_bits(a, b) for a, b in zip(program.module()(*inputs), Call()(*inputs)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_functions_go_through_the_dispatcher():
+    x = normal(3, 9, 6)
+    assert same_bits(torch.vmap(ops.normalize_rows)(x), ops.normalize_rows(x))
+    for transform in (torch.func.grad, torch.func.hessian):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transform(lambda x: ops.normalize_rows(x).sum())(x)
+
+
+def test_forward_mode_is_refused_where_a_gradient_is_wanted():
+    (x,) = leaves(normal(9, 6))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        ops.normalize_rows(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("call", [lambda o: o, lambda o: o.op], ids=["short", "dispatcher"])
+@pytest.mark.parametrize("changed", ["x", "indices", "codebook"])
+def test_what_backward_reads_may_not_change_before_it(call, changed):
+    x, codebook = leaves(normal(9, 6, seed=1), normal(12, 6, seed=2))
+    rows = x * 1
+    out = call(QUANTIZE)(rows, codebook, *OPTIONS, True, 0)
+    {"x": rows, "indices": out[1], "codebook": codebook}[changed].detach().add_(1)
+    if changed == "codebook":  # which backward never reads: an EMA may have moved it by then
+        out[2].backward()
+        assert x.grad.isfinite().all()
+        return
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out[2].backward()
+
+
+def test_rows_of_inference_mode_are_not_saved():
+    with torch.inference_mode():
+        x = normal(9, 6)
+    assert torch.equal(ops.nearest_code(x, x), IDS)
+    (codebook,) = leaves(normal(12, 6))
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        ops.quantize(x, codebook)
+
+
+def test_tensors_that_stand_for_zeros_are_read_as_zeros():
+    x = normal(9, 6)
+    zero = torch._efficientzerotensor(9, 6)
+    assert torch.equal(ops.normalize_rows(zero), torch.zeros(9, 6))
+    assert torch.equal(NORMALIZE_ROWS_BACKWARD(x, zero), torch.zeros(9, 6))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_other_layouts_are_refused(layout):
+    with pytest.raises(RuntimeError):
+        ops.normalize_rows(getattr(normal(9, 6), layout)())
+
+
+@pytest.mark.filterwarnings("ignore:tokenflow_ext. no kernel was built for meta")
+def test_meta_tensors_get_shapes():
+    x, codebook = torch.empty(9, 6, device="meta"), torch.empty(12, 6, device="meta")
+    assert ops.nearest_code(x, codebook).shape == (9,) and ops.quantize(x, codebook).quantized.is_meta
 
 
 def test_fake_tensors_get_shapes():

@@ -175,7 +175,9 @@ def test_the_core_refuses_what_is_no_tensor_of_its_types():
     from tokenflow_ext import _C
 
     y = torch.empty(2, 3)
-    for wrong in (1, "x", [1.0], torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 3, dtype=torch.complex64)):
+    types = (torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 3, dtype=torch.complex64))
+    nowhere = torch._efficientzerotensor(2, 3)
+    for wrong in (1, "x", [1.0], *types, nowhere):
         with pytest.raises(TypeError):
             _C.normalize_rows(wrong, y, 1)
     for wrong in (

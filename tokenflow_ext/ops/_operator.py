@@ -2,8 +2,8 @@
 
 The dispatcher with a kernel in Python costs as much as a search through a thousand codes, `register_autograd` several times
 that. Where nobody listens on the way, an `Operator` calls its kernel itself, or a torch.autograd.Function where a gradient is
-wanted; under torch.compile, a dispatch mode, functorch, the profiler, and for subclasses of tensors, it goes through the
-dispatcher. Both ways run the same kernel, setup and backward.
+wanted. Under torch.compile, torch.jit.trace, a mode of dispatch or of functions, functorch and the profiler it goes through the
+dispatcher, and so do subclasses of tensors and tensors that stand for others. Both ways run the same kernel, setup and backward.
 """
 
 import torch
@@ -32,14 +32,16 @@ class Operator:
         if (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
             or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
             or torch._C._autograd._profiler_enabled()
         ):
             return self.op(*args)
         tracked = False
         for tensor in args[: self.tensors]:
             if tensor is not None:
-                if type(tensor) not in _PLAIN or tensor.is_neg():
+                if type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
                     return self.op(*args)
                 tracked = tracked or tensor.requires_grad
         if tracked and self.function is not None and torch.is_grad_enabled():
