@@ -9,7 +9,8 @@ from tokenflow_ext.ops._operator import define, define_autograd, define_backward
 
 
 def _normalize_rows(x):
-    x, y = x.contiguous(), x.new_empty(x.shape)
+    x = x.contiguous()
+    y = torch.empty_like(x)
     core, where = runs_on(x)
     core.normalize_rows(x, y, *where)
     return y
@@ -17,7 +18,7 @@ def _normalize_rows(x):
 
 def _normalize_rows_backward(x, grad_y):
     x, grad_y = x.contiguous(), grad_y.contiguous()
-    grad_x = x.new_empty(x.shape)
+    grad_x = torch.empty_like(x)
     core, where = runs_on(x)
     core.normalize_rows_backward(x, grad_y, grad_x, *where)
     return grad_x

@@ -13,7 +13,7 @@ from tokenflow_ext.ops._operator import define
 def tables_of(widths, weights, metric, unit_codes: bool | None = None):
     """The descriptor `Tables` of csrc/common/view.h."""
     unit = metric == "cosine"
-    return list(widths), list(weights), metric == "l2", unit, unit if unit_codes is None else unit_codes
+    return widths, weights, metric == "l2", unit, unit if unit_codes is None else unit_codes
 
 
 def _nearest_code(x, codebook, metric, topk=1, window=None, with_scores=False, widths=None, weights=None):
