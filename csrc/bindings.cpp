@@ -96,7 +96,7 @@ PYBIND11_MODULE(_C, m) {
     for (int i = 0; i < kIsaCount; ++i) built.append(kIsaNames[i]);
     info["instruction_sets"] = built;
     info["instruction_set"] = kIsaNames[isa];
-    info["certified_search"] = isa == 2 && search_state.has_int8_dot ? "int8" : "none";
+    info["certified_search"] = isa == 1 || (isa == 2 && search_state.has_int8_dot) ? "int8" : "none";
     info["cuda"] = architectures;
     return info;
   });

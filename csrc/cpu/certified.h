@@ -1,11 +1,12 @@
 // Certified search: scan in 8-bit integers, then score again, canonically, the few segments of codes that an error
 // bound cannot rule out. The answer is the canonical search's, ties included; docs/certified_search.md has the proof.
-//   s_k = h_k + z.c_k               canonical score: h_k = 0.5 |c_k|^2 for l2, else 0; z the staged row, -y
-//   s'_k = unit (H_k + q_z.q_k)     its 8-bit stand-in: z ~ scale_z q_z, c_k ~ scale q_k, unit = scale_z scale
+//   s_k = h_k + z.c_k                     canonical score: h_k = 0.5 |c_k|^2 for l2, else 0; z the staged row, -y
+//   s'_k = middle + unit (H_k + q_z.q_k)  its 8-bit stand-in: z ~ scale_z q_z, c_k ~ scale q_k, unit = scale_z scale
 //   |s_k - s'_k| <= bound(|c_k|, |c_k - scale q_k|), with the actual residuals of both sides
 // Codes lie in segments of `length` consecutive ids, a register's worth of segments to a block: lane l of register v of
-// a block holds code v of segment l. The scan keeps the minimum of each segment; a row's table is 4 K / length bytes.
-// Operations: 2 N K C of 8 bits. Bytes: C + 8 a code for the scan, and the panels that the rescoring reads.
+// a block holds code v of segment l. The scan keeps the minimum of each segment, a `Sum` (simd.h).
+// Operations: 2 N K C of 8 bits. Bytes: C + 4 (AVX2) or C + 8 a code for the scan, and the panels that the rescoring
+// reads.
 #pragma once
 #include <math.h>
 
@@ -14,121 +15,178 @@
 
 TOKENFLOW_BEGIN
 
-#if defined(__AVX512F__)
+#ifdef TOKENFLOW_INT8
 
-constexpr bool kCanCertify = true;
-constexpr int kLanes8 = Register<float>::kLanes;
-constexpr int kTile8 = 8;                 // rows a tile
-constexpr int64_t kMaxChannels8 = 16384;  // keeps every sum inside 32 bits
-constexpr float kMaxStart8 = 1 << 29;
-constexpr int64_t kListed8 = 64;  // registers that wait to be scored again
+// The terms of the bound. Tests multiply each by less than 1, and have to notice.
+enum Term { kOfRow, kOfCode, kOfChain, kOfStartChain, kOfStart, kOfCeiling, kOfPacking, kOfCut, kTerms };
+#ifndef TOKENFLOW_BOUND
+#define TOKENFLOW_BOUND(term, value) (value)
+#endif
+
+constexpr int kTile8 = kTileRows;                                          // rows a tile
+constexpr int64_t kMaxChannels8 = 16384;                                   // keeps every sum inside 32 bits
+constexpr int64_t kListed8 = 64;                                           // registers that wait to be scored again
+constexpr int64_t kLongest8 = 64;                                          // codes in a segment at most
+constexpr int64_t kPerSegment8 = kLongest8 / Register<float>::kLanes + 1;  // registers that a segment touches
+constexpr int kRowOffset = kRowLevels + (kRowLevels & 1);                  // makes rows unsigned
 
 using Ints = Register<float>::I;
 using Floats = Register<float>::V;
 
-struct Codes8 {
-  int64_t blocks, length, words;  // blocks of kLanes8 segments of `length` codes (even) of `words` times 4 channels
-  uint32_t* quantized;            // [blocks][length / 2][words][2][kLanes8]: 4 codes' channels + 128 a word
-  float* starts;                  // [blocks][length / 2][2][kLanes8]: h_k
-  float *norms, *gaps;            // [segments]: the largest |c_k| and |c_k - scale q_k|, rounded up
-  float scale;
-  double largest_start;
-  bool usable;  // false where a code is not finite, or none has a size that 8 bits can follow
+// Scales are such that |H_k + q_z.q_k| stays about kReach; a row that could pass kMostSum is not scanned.
+#if defined(__AVX512F__)
+typedef float Start, Factor;  // h_k; the scan makes H_k of it, middle is 0
+constexpr float kReach = 1 << 29, kMostSum = 9e8f;
+constexpr float kCodeLength = 1e9f;  // |q_k| about this at most
+constexpr float kStartError = 1;     // |unit H_k + middle - h_k| in units, besides 2^-22 h_k
+#else
+typedef int16_t Start, Factor;  // (h_k - middle) / step, rounded
+constexpr float kReach = 32000, kMostSum = 32700;
+constexpr float kCodeLength = 160;  // 16 bits then hold the product with a row of as many steps
+constexpr float kStartError = 2;
+#endif
 
-  int64_t segments() const { return blocks * kLanes8; }
-  // Where word 0 of code k lies; its others follow in steps of 2 kLanes8.
+struct Codes8 {
+  int64_t blocks, length, words;  // blocks of kSums segments of `length` codes (even) of `words` Sums of channels
+  Sum* quantized;                 // [blocks][length / 2][words][2][kSums]: a channel a byte
+  Sum* offsets;                   // [blocks][length / 2][2][kSums]: minus what kRowOffset adds to every sum
+  Start* starts;                  // the same
+  float *norms, *gaps;            // [segments]: the largest |c_k| and |c_k - scale q_k|, rounded up
+  float longest, widest;          // the largest of them
+  float scale, step, middle;
+  float spread;  // |h_k - middle| at most
+  float reach;   // |q_k| at most
+  bool usable;   // false where a code is not finite, or none has a size that 8 bits can follow
+
+  int64_t segments() const { return blocks * kSums; }
+  // Where word 0 of code k lies; its others follow in steps of 2 kSums.
   int64_t word(int64_t k) const {
     const int64_t segment = k / length, v = k % length;
-    return ((segment / kLanes8 * (length / 2) + v / 2) * words * 2 + v % 2) * kLanes8 + segment % kLanes8;
+    return ((segment / kSums * (length / 2) + v / 2) * words * 2 + v % 2) * kSums + segment % kSums;
   }
   int64_t start(int64_t k) const {
     const int64_t segment = k / length, v = k % length;
-    return (segment / kLanes8 * length + v) * kLanes8 + segment % kLanes8;
+    return (segment / kSums * length + v) * kSums + segment % kSums;
   }
 };
 
 // Its sizes, without memory. Short segments cost a longer table, long ones more to score again, channel by channel.
 static Codes8 layout8(int64_t codes, int64_t channels) {
   Codes8 c = {};
-  const int64_t longest = channels < 24 ? 64 : channels < 64 ? 32 : 16;
-  c.blocks = (codes + longest * kLanes8 - 1) / (longest * kLanes8);
+  const int64_t longest = channels < 24 ? kLongest8 : channels < 64 ? 32 : 16;
+  c.blocks = (codes + longest * kSums - 1) / (longest * kSums);
   c.length = ((codes + c.segments() - 1) / c.segments() + 1) / 2 * 2;
-  c.words = (channels + 3) / 4;
+  c.words = (channels + sizeof(Sum) - 1) / sizeof(Sum);
   return c;
 }
 
+// How a code's score starts, beside its products: H_k = (h_k - middle) / unit.
+#if defined(__AVX512F__)
+static void prepare_starts(float largest, Codes8* c) { c->step = 1, c->middle = 0, c->spread = largest; }
+static inline Start start_of(float h, const Codes8&) { return h; }
+static inline Factor start_factor(const Codes8&, double unit) { return static_cast<float>(1 / unit); }
+static inline Sums load_starts(const Start* p, Factor factor) {
+  return (Sums)_mm512_cvtps_epi32((__m512)(load_register(p) * factor));
+}
+#else
+static void prepare_starts(float largest, Codes8* c) {
+  c->middle = c->spread = largest > 1e-30f ? 0.5f * largest : 0;
+  c->step = c->middle / 32767;
+}
+static inline Start start_of(float h, const Codes8& c) {
+  return static_cast<Start>(c.step > 0 ? __builtin_rintf((h - c.middle) / c.step) : 0);
+}
+static inline Factor start_factor(const Codes8& c, double unit) {  // in 2^-15; below 1, or no row can be scanned
+  const double factor = __builtin_rint(c.step / unit * 32768);
+  return static_cast<Factor>(factor < 32767 ? factor : 32767);
+}
+static inline Sums load_starts(const Start* p, Factor factor) {
+  return (Sums)_mm256_mulhrs_epi16((__m256i)load_sums(p), _mm256_set1_epi16(factor));
+}
+#endif
+
 // Quantizes the packed codes. spare [2, panels * 32]: the norm and the residual of every code.
 static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int threads) {
+  constexpr int kLanes = Register<float>::kLanes, kParts = kPanel / kLanes;
   const int64_t codes = packed.codes, channels = packed.channels, panels = panels_of(codes);
+  float *norms = spare, *gaps = spare + panels * kPanel;
+  // Upper bounds of square roots: the sums' own rounding and what underflowed are added.
+  const float up = 1 + TOKENFLOW_BOUND(kOfPacking, static_cast<float>(channels + 16) * 0x1p-23f);
+  const float lost = TOKENFLOW_BOUND(kOfPacking, static_cast<float>(channels) * 1e-18f);
   // Magnitudes order as integers do, NaN above infinity above all others.
-  int32_t most = 0, start_bits = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : most, start_bits)
+  int32_t most = 0, start_bits = 0, norm_bits = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : most, start_bits, norm_bits)
   for (int64_t p = 0; p < panels; ++p) {
     const float* panel = packed.panels + p * packed.stride();
     Ints here = {};
-    for (int64_t i = 0; i < channels * kPanel; i += kLanes8) {
-      const Ints bits = (Ints)load_register(panel + i) & INT32_MAX;
+    Floats square[kParts] = {};
+    for (int64_t i = 0; i < channels * kParts; ++i) {
+      const Floats x = load_register(panel + i * kLanes);
+      const Ints bits = (Ints)x & INT32_MAX;
       here = bits > here ? bits : here;
+      square[i % kParts] = fused(x, x, square[i % kParts]);
     }
-    for (int l = 0; l < kLanes8; ++l) most = here[l] > most ? here[l] : most;
-    const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
-    for (int64_t l = 0; l < used; ++l) {
+    for (int l = 0; l < kLanes; ++l) most = here[l] > most ? here[l] : most;
+    const auto largest = [](float x, int32_t* bits_so_far) {
       int32_t bits;
-      memcpy(&bits, panel + channels * kPanel + l, 4);
-      start_bits = (bits & INT32_MAX) > start_bits ? bits & INT32_MAX : start_bits;
+      memcpy(&bits, &x, 4);
+      *bits_so_far = (bits & INT32_MAX) > *bits_so_far ? bits & INT32_MAX : *bits_so_far;
+    };
+    for (int64_t l = 0; l < kPanel && p * kPanel + l < codes; ++l) {
+      norms[p * kPanel + l] = root(square[l / kLanes][l % kLanes]) * up + lost;
+      largest(norms[p * kPanel + l], &norm_bits);
+      largest(panel[channels * kPanel + l], &start_bits);
     }
   }
   float largest, start;
   memcpy(&largest, &most, 4);
   memcpy(&start, &start_bits, 4);
+  memcpy(&out->longest, &norm_bits, 4);
   out->usable = largest >= 1e-10f && largest <= 1e15f && start <= 1e30f;
   if (!out->usable) return;
-  out->largest_start = start;
-  const float scale = out->scale = largest / 127, inverse = 127 / largest;
-  float *norms = spare, *gaps = spare + panels * kPanel;
+  const float by_length = out->longest / kCodeLength;
+  const float scale = out->scale = largest / kCodeLevels > by_length ? largest / kCodeLevels : by_length;
+  const float inverse = 1 / scale;
+  prepare_starts(start, out);
   const Codes8 c = *out;
   for_each((panels + 15) / 16, threads, [&](int64_t batch) {
     for (int64_t p = 16 * batch; p < panels && p < 16 * batch + 16; ++p) {
       const float* panel = packed.panels + p * packed.stride();
-      constexpr int kHalves = kPanel / kLanes8;
-      Floats norm[kHalves] = {}, gap[kHalves] = {};
+      Floats gap[kParts] = {}, total[kParts] = {};
       int64_t to[kPanel];
       const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
-      for (int64_t l = 0; l < used; ++l) {
-        to[l] = c.word(p * kPanel + l);
-        c.starts[c.start(p * kPanel + l)] = panel[channels * kPanel + l];
-      }
+      for (int64_t l = 0; l < used; ++l) to[l] = c.word(p * kPanel + l);
       for (int64_t w = 0; w < c.words; ++w) {
-        uint32_t word[kPanel];
-        for (int h = 0; h < kHalves; ++h) {
-          Ints bytes = Ints{} + static_cast<int32_t>(0x80808080);
-          for (int64_t d = 4 * w; d < 4 * w + 4 && d < channels; ++d) {
-            const Floats x = load_register(panel + d * kPanel + h * kLanes8);
-            const Floats q = (Floats)_mm512_roundscale_ps((__m512)(x * inverse), 0);
+        int32_t word[kPanel];
+        for (int i = 0; i < kParts; ++i) {
+          Ints bytes = {};
+          for (int64_t d = sizeof(Sum) * w, b = 0; b < 8 * sizeof(Sum) && d < channels; ++d, b += 8) {
+            const Floats x = load_register(panel + d * kPanel + i * kLanes), q = nearest(x * inverse);
             const Floats rest = fused(broadcast(-scale), q, x);
-            gap[h] = fused(rest, rest, gap[h]);
-            norm[h] = fused(x, x, norm[h]);
-            // q + 128 in the byte: its own lowest bits with the highest turned.
-            bytes ^= (__builtin_convertvector(q, Ints) & 0xff) << (d % 4 * 8);
+            gap[i] = fused(rest, rest, gap[i]);
+            total[i] += q;
+            bytes |= (__builtin_convertvector(q, Ints) & 0xff) << static_cast<int32_t>(b);
           }
-          memcpy(word + h * kLanes8, &bytes, sizeof(bytes));
+          memcpy(word + i * kLanes, &bytes, sizeof(bytes));
         }
-        for (int64_t l = 0; l < used; ++l) c.quantized[to[l] + w * 2 * kLanes8] = word[l];
+        for (int64_t l = 0; l < used; ++l) c.quantized[to[l] + w * 2 * kSums] = static_cast<Sum>(word[l]);
       }
-      // Upper bounds: the sums' own rounding and what underflowed are added.
-      const float up = 1 + static_cast<float>(channels + 16) * 0x1p-23f, lost = static_cast<float>(channels) * 1e-18f;
-      for (int64_t l = 0; l < kPanel; ++l) {
-        norms[p * kPanel + l] = root(norm[l / kLanes8][l % kLanes8]) * up + lost;
-        gaps[p * kPanel + l] = root(gap[l / kLanes8][l % kLanes8]) * up + lost;
+      for (int64_t l = 0; l < used; ++l) {
+        gaps[p * kPanel + l] = root(gap[l / kLanes][l % kLanes]) * up + lost;
+        const int64_t at = c.start(p * kPanel + l);
+        c.offsets[at] = static_cast<Sum>(-kRowOffset * static_cast<int32_t>(total[l / kLanes][l % kLanes]));
+        c.starts[at] = start_of(panel[channels * kPanel + l], c);
       }
     }
   });
   // Lanes without a code repeat the last one: it is rescored under its own id.
   for (int64_t k = codes; k < c.segments() * c.length; ++k) {
     for (int64_t w = 0; w < c.words; ++w)
-      c.quantized[c.word(k) + w * 2 * kLanes8] = c.quantized[c.word(codes - 1) + w * 2 * kLanes8];
+      c.quantized[c.word(k) + w * 2 * kSums] = c.quantized[c.word(codes - 1) + w * 2 * kSums];
+    c.offsets[c.start(k)] = c.offsets[c.start(codes - 1)];
     c.starts[c.start(k)] = c.starts[c.start(codes - 1)];
   }
+  out->widest = 0;
   for (int64_t s = 0; s < c.segments(); ++s) {
     c.norms[s] = c.gaps[s] = 0;
     for (int64_t k = s * c.length; k < (s + 1) * c.length; ++k) {
@@ -136,72 +194,87 @@ static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int th
       c.norms[s] = norms[at] > c.norms[s] ? norms[at] : c.norms[s];
       c.gaps[s] = gaps[at] > c.gaps[s] ? gaps[at] : c.gaps[s];
     }
+    out->widest = c.gaps[s] > out->widest ? c.gaps[s] : out->widest;
   }
+  out->reach = (out->longest + out->widest) / scale * (1 + 1e-5f);
 }
 
 // A row in 8 bits.
 struct Row8 {
   double norm, residual, size;  // |z|, |z - scale q|, |scale q|: upper bounds
   double unit;                  // scale of the row times that of the codes
-  int32_t offset;               // what + 128 on the codes added to every sum
+  bool usable;                  // every sum fits
 };
 
-// q [words] of z [channels] under `scale`.
-static Row8 quantize8(const float* z, int64_t channels, float scale, const Codes8& codes, int32_t* q) {
-  const float inverse = 1 / scale;
-  double norm = 0, residual = 0, size = 0;
-  int64_t sum = 0;
-  memset(q, 0, codes.words * sizeof(*q));
-  int8_t* bytes = reinterpret_cast<int8_t*>(q);
+// The scale of a row z [channels]; of a tile of rows under one unit it is the largest.
+static float scale8(const float* z, int64_t channels, const Codes8& codes) {
+  float largest = 0;
+  double square = 0;
   for (int64_t d = 0; d < channels; ++d) {
-    const float rounded = __builtin_rintf(z[d] * inverse);
-    const float value = rounded > 127 ? 127 : rounded < -127 ? -127 : rounded;
-    const double near = static_cast<double>(scale) * value, rest = z[d] - near;
-    bytes[d] = static_cast<int8_t>(value);
-    sum += bytes[d];
-    norm += static_cast<double>(z[d]) * z[d];
-    residual += rest * rest;
-    size += near * near;
+    const float size = __builtin_fabsf(z[d]);
+    largest = size > largest ? size : largest;
+    square += static_cast<double>(size) * size;
   }
-  constexpr double kUp = 1 + 1e-9;
-  return {__builtin_sqrt(norm) * kUp, __builtin_sqrt(residual) * kUp, __builtin_sqrt(size) * kUp,
-          static_cast<double>(scale) * codes.scale, static_cast<int32_t>(128 * sum)};
+  const double least = (codes.spread / codes.scale + __builtin_sqrt(square) * codes.reach) / kReach;
+  return largest / kRowLevels > least ? largest / kRowLevels : static_cast<float>(least);
 }
 
-// table [R, segments]: the minimum of every segment of blocks [from, to) for rows q [R, words]; inverse = 1 / unit.
+// q [words] of z [channels] under `scale`: bytes, plus kRowOffset, as `dot` wants them.
+static Row8 quantize8(const float* z, int64_t channels, float scale, const Codes8& codes, int32_t* q) {
+  const bool usable = scale > 1e-15f && scale < 1e15f;
+  scale = usable ? scale : 1;
+  const float inverse = 1 / scale;
+  double norm = 0, residual = 0, size = 0;
+  for (int64_t w = 0; w < codes.words; ++w) {
+    uint8_t bytes[4];
+    for (int64_t b = 0; b < 4; ++b) {
+      const int64_t d = w * sizeof(Sum) + b % sizeof(Sum);  // a word of 2 bytes stands there twice
+      const float x = d < channels ? z[d] : 0, rounded = __builtin_rintf(x * inverse);
+      const float value = rounded > kRowLevels ? kRowLevels : rounded < -kRowLevels ? -kRowLevels : rounded;
+      bytes[b] = static_cast<uint8_t>(value + kRowOffset);
+      if (b >= static_cast<int64_t>(sizeof(Sum))) continue;
+      const double near = static_cast<double>(scale) * value, rest = x - near;
+      norm += static_cast<double>(x) * x;
+      residual += rest * rest;
+      size += near * near;
+    }
+    memcpy(q + w, bytes, 4);
+  }
+  constexpr double kUp = 1 + 1e-9;
+  const Row8 row = {__builtin_sqrt(norm) * kUp, __builtin_sqrt(residual) * kUp, __builtin_sqrt(size) * kUp,
+                    static_cast<double>(scale) * codes.scale, usable};
+  const double most = codes.spread / row.unit + row.size / scale * codes.reach;
+  return {row.norm, row.residual, row.size, row.unit, usable && most <= kMostSum};
+}
+
+// table [R, segments]: the minimum of every segment of blocks [from, to) for rows q [R, words]; factor of the starts.
 template <int R, bool kStarts>
-static __attribute__((noinline, target("avx512vnni"))) void scan8(const int32_t* q, const Codes8& codes, int64_t from,
-                                                                  int64_t to, float inverse, int32_t* table) {
+static __attribute__((noinline, TOKENFLOW_DOT_TARGET)) void scan8(const int32_t* q, const Codes8& codes, int64_t from,
+                                                                  int64_t to, Factor factor, Sum* table) {
   const int64_t words = codes.words, length = codes.length;
   for (int64_t b = from; b < to; ++b) {
-    Ints low[R];
-    for (int r = 0; r < R; ++r) low[r] = Ints{} + INT32_MAX;
-    const uint32_t* code = codes.quantized + b * length * words * kLanes8;
-    const float* start = codes.starts + b * length * kLanes8;
+    Sums low[R];
+    for (int r = 0; r < R; ++r) low[r] = Sums{} + kMostOfSum;
+    const Sum* code = codes.quantized + b * length * words * kSums;
+    const Sum* offset = codes.offsets + b * length * kSums;
+    const Start* start = codes.starts + b * length * kSums;
     for (int64_t v = 0; v < length; v += 2) {
-      Ints sum[R][2];
-      Ints s0 = {}, s1 = {};
-      if (kStarts) {
-        s0 = (Ints)_mm512_cvtps_epi32((__m512)(load_register(start) * inverse));
-        s1 = (Ints)_mm512_cvtps_epi32((__m512)(load_register(start + kLanes8) * inverse));
-        start += 2 * kLanes8;
-      }
+      Sums s0 = load_sums(offset), s1 = load_sums(offset + kSums), sum[R][2];
+      if (kStarts) s0 = add(s0, load_starts(start, factor)), s1 = add(s1, load_starts(start + kSums, factor));
+      offset += 2 * kSums;
+      start += 2 * kSums;
       for (int r = 0; r < R; ++r) sum[r][0] = s0, sum[r][1] = s1;
       for (int64_t w = 0; w < words; ++w) {
-        const __m512i c0 = _mm512_loadu_si512(code), c1 = _mm512_loadu_si512(code + kLanes8);
-        code += 2 * kLanes8;
+        const Sums c0 = load_sums(code), c1 = load_sums(code + kSums);
+        code += 2 * kSums;
         for (int r = 0; r < R; ++r) {
-          const __m512i x = _mm512_set1_epi32(q[r * words + w]);
-          sum[r][0] = (Ints)_mm512_dpbusd_epi32((__m512i)sum[r][0], c0, x);
-          sum[r][1] = (Ints)_mm512_dpbusd_epi32((__m512i)sum[r][1], c1, x);
+          sum[r][0] = dot(sum[r][0], q[r * words + w], c0);
+          sum[r][1] = dot(sum[r][1], q[r * words + w], c1);
         }
       }
-      for (int r = 0; r < R; ++r) {
-        low[r] = (Ints)_mm512_min_epi32((__m512i)low[r], (__m512i)sum[r][0]);
-        low[r] = (Ints)_mm512_min_epi32((__m512i)low[r], (__m512i)sum[r][1]);
-      }
+      for (int r = 0; r < R; ++r) low[r] = lower(lower(low[r], sum[r][0]), sum[r][1]);
     }
-    for (int r = 0; r < R; ++r) memcpy(table + r * codes.segments() + b * kLanes8, &low[r], sizeof(low[r]));
+    for (int r = 0; r < R; ++r) memcpy(table + r * codes.segments() + b * kSums, &low[r], sizeof(low[r]));
   }
 }
 
@@ -213,66 +286,76 @@ struct Bound {
   double max_weight;
 };
 
+// The largest sum that a code can have and still beat or tie with a score, by its norm and gap: (4) to (6) of
+// docs/certified_search.md.
+struct Ceiling {
+  float base, by_norm, by_start, by_gap, cut;
+
+  Sum operator()(float norm, float gap) const {
+    const float c = norm < cut ? norm : cut;
+    const float error = c * (by_norm + by_start * c) + by_gap * gap;
+    // The sums here are rounded themselves: 2^-20 of their size covers it, and 1 the conversion.
+    const float most = base + error + TOKENFLOW_BOUND(kOfCeiling, (error + __builtin_fabsf(base)) * 0x1p-20f + 1.0f);
+    return static_cast<Sum>(most < kMostSum ? most > -kMostSum ? most : -kMostSum : kMostSum);
+  }
+};
+
+static Ceiling ceiling_of(const Row8& row, const Codes8& codes, const Bound& bound, float score) {
+  const double u = 0x1p-24, n = static_cast<double>(bound.channels), underflow = n * 0x1p-126;
+  const double gamma = n * u / (1 - n * u), chain = TOKENFLOW_BOUND(kOfChain, gamma);
+  double longest = 1e300;
+  if (bound.clip) {
+    const double a = (1 + gamma) * row.norm, b = (1 - gamma) * (1 - gamma);
+    const double root = a * a + 2 * b * (score + underflow);
+    longest = TOKENFLOW_BOUND(kOfCut, (a + __builtin_sqrt(root > 0 ? root : 0)) / b * (1 + 1e-6));
+  }
+  constexpr double kUp = 1 + 0x1p-20;
+  const double by_norm = TOKENFLOW_BOUND(kOfRow, row.residual) + chain * row.norm;
+  const double by_start = TOKENFLOW_BOUND(kOfStartChain, (gamma + 0x1p-22) * 0.5 * bound.max_weight);
+  Ceiling c;
+  c.base = static_cast<float>((score - codes.middle + underflow) / row.unit + TOKENFLOW_BOUND(kOfStart, kStartError));
+  c.by_norm = static_cast<float>(by_norm / row.unit * kUp);
+  c.by_start = static_cast<float>(bound.starts ? by_start / row.unit * kUp : 0);
+  c.by_gap = static_cast<float>(TOKENFLOW_BOUND(kOfCode, row.size) / row.unit * kUp);
+  c.cut = static_cast<float>(longest < 1e30 ? longest : 1e30);
+  return c;
+}
+
 // best = the canonical search's answer for row z, from its table of minima. Returns how many segments were scored;
 // none, and no answer, where that would be more than `limit`.
-static int64_t resolve8(const float* z, const Row8& row, const int32_t* table, const Codes8& codes,
+static int64_t resolve8(const float* z, const Row8& row, const Sum* table, const Codes8& codes,
                         const Packed<float>& packed, const Bound& bound, int64_t limit, Best<float>* best) {
+  constexpr int kLanes = Register<float>::kLanes;
   const int64_t segments = codes.segments();
   // The registers of a segment, to score again.
   const auto list = [&](int64_t segment, int32_t* registers) {
     const int64_t first = segment * codes.length, end = first + codes.length;
     const int64_t last = end < packed.codes ? end : packed.codes;
     int64_t n = 0;
-    for (int64_t i = first / kLanes8; i * kLanes8 < last; ++i) registers[n++] = static_cast<int32_t>(i);
+    for (int64_t i = first / kLanes; i * kLanes < last; ++i) registers[n++] = static_cast<int32_t>(i);
     return n;
   };
   int32_t registers[kListed8];
-  Ints least = Ints{} + INT32_MAX;
-  for (int64_t s = 0; s < segments; s += kLanes8) {
-    Ints here;
-    memcpy(&here, table + s, sizeof(here));
-    least = here < least ? here : least;
-  }
-  const int32_t lowest = _mm512_reduce_min_epi32((__m512i)least);
+  Sums least = load_sums(table);
+  for (int64_t s = kSums; s < segments; s += kSums) least = lower(least, load_sums(table + s));
+  const Sum lowest = lowest_lane(least);
   int64_t first = 0;
-  while (table[first] != lowest) ++first;
+  while (!lanes_at_most(load_sums(table + first), lowest)) first += kSums;
+  first += __builtin_ctz(lanes_at_most(load_sums(table + first), lowest));
   *best = {__builtin_inff(), -1};
   best_in_registers(z, packed, registers, list(first, registers), 0, best);
   if (best->id < 0) return 0;  // the segment of a repeated last code, or scores that overflow
 
-  // docs/certified_search.md, (5): code k can win only if s'_k <= score + slack + its own share of the bound.
-  const double u = 0x1p-24, n = static_cast<double>(bound.channels), gamma = n * u / (1 - n * u);
-  double longest = 1e300;
-  if (bound.clip) {
-    const double a = (1 + gamma) * row.norm, b = (1 - gamma) * (1 - gamma);
-    const double root = a * a + 2 * b * (best->score + n * 0x1p-126);
-    longest = (a + __builtin_sqrt(root > 0 ? root : 0)) / b * (1 + 1e-6);
-  }
-  constexpr double kUp = 1 + 0x1p-20;
-  const float base = static_cast<float>((best->score + n * 0x1p-126) / row.unit + 1);
-  const float by_norm = static_cast<float>((row.residual + gamma * row.norm) / row.unit * kUp);
-  const float by_start =
-      static_cast<float>(bound.starts ? (gamma + 0x1p-22) * 0.5 * bound.max_weight / row.unit * kUp : 0);
-  const float by_gap = static_cast<float>(row.size / row.unit * kUp);
-  const float cut = static_cast<float>(longest < 1e30 ? longest : 1e30);
+  const Ceiling ceiling = ceiling_of(row, codes, bound, best->score);
+  const Sum highest = ceiling(codes.longest, codes.widest);
   int64_t scored = 1, listed = 0;
-  for (int64_t s = 0; s < segments; s += kLanes8) {
-    const Floats norm = load_register(codes.norms + s), gap = load_register(codes.gaps + s);
-    const Floats c = norm < cut ? norm : broadcast(cut);
-    const Floats error = c * (by_norm + by_start * c) + by_gap * gap;
-    // The sums here are rounded themselves: 2^-20 of their size covers it.
-    const Floats slack = (error + __builtin_fabsf(base)) * 0x1p-20f + 1.0f;
-    Floats most = base + error + slack;
-    most = most < 1e9f ? most : broadcast(1e9f);
-    most = most > -1e9f ? most : broadcast(-1e9f);
-    const Ints ceiling = __builtin_convertvector(most, Ints) + row.offset;
-    uint32_t mask = _mm512_cmple_epi32_mask(_mm512_loadu_si512(table + s), (__m512i)ceiling);
-    scored += __builtin_popcount(mask);
-    if (scored > limit) return 0;
-    for (; mask; mask &= mask - 1) {
+  for (int64_t s = 0; s < segments; s += kSums) {
+    for (uint32_t mask = lanes_at_most(load_sums(table + s), highest); mask; mask &= mask - 1) {
       const int64_t segment = s + __builtin_ctz(mask);
-      if (segment != first) listed += list(segment, registers + listed);
-      if (listed + 5 <= kListed8) continue;
+      if (segment == first || table[segment] > ceiling(codes.norms[segment], codes.gaps[segment])) continue;
+      if (++scored > limit) return 0;
+      listed += list(segment, registers + listed);
+      if (listed + kPerSegment8 <= kListed8) continue;
       best_in_registers(z, packed, registers, listed, 0, best);
       listed = 0;
     }
@@ -281,10 +364,17 @@ static int64_t resolve8(const float* z, const Row8& row, const int32_t* table, c
   return scored;
 }
 
-#else
-
-constexpr bool kCanCertify = false;
-
 #endif
+
+// Whether this processor has the instructions that the scan is made of.
+static inline bool can_certify() {
+#if defined(__AVX512F__)
+  return search_state.has_int8_dot;
+#elif defined(TOKENFLOW_INT8)
+  return true;
+#else
+  return false;
+#endif
+}
 
 TOKENFLOW_END

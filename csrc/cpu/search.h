@@ -19,7 +19,7 @@ struct Index {
   char* scratch;  // [threads, scratch_bytes]
   int64_t scratch_bytes;
   mutable int64_t tried, gave_up;  // rows that the certified scan was asked for, and that it could not narrow down
-#if defined(__AVX512F__)
+#ifdef TOKENFLOW_INT8
   Codes8 codes8;
   Bound bound;
 #endif
@@ -43,8 +43,7 @@ struct Carve {
 // bench_nearest_code.
 template <class T>
 static bool certify(int64_t rows, int64_t codes, int64_t channels) {
-  if (sizeof(T) != 4 || !kCanCertify || !search_state.has_int8_dot || channels > 16384 || rows <= kRowBlock)
-    return false;
+  if (sizeof(T) != 4 || !can_certify() || channels > 16384 || rows <= kRowBlock) return false;
   if (search_state.precision != kAuto) return search_state.precision == kCertified;
   return channels >= 5 && codes >= 512 && rows >= 256;
 }
@@ -58,16 +57,17 @@ static int64_t layout(int64_t rows, int64_t codes, int64_t channels, bool certif
   *panels = nullptr;
   if (rows > kRowBlock) *panels = carve.take<T>(panels_of(codes) * stride);
   index->scratch_bytes = rows > kRowBlock ? 0 : aligned(2 * stride * sizeof(T));
-#if defined(__AVX512F__)
+#ifdef TOKENFLOW_INT8
   if (certified) {
     Codes8 c = layout8(codes, channels);
-    c.quantized = carve.take<uint32_t>(c.segments() * c.length * c.words);
-    c.starts = carve.take<float>(c.segments() * c.length);
+    c.quantized = carve.take<Sum>(c.segments() * c.length * c.words);
+    c.offsets = carve.take<Sum>(c.segments() * c.length);
+    c.starts = carve.take<Start>(c.segments() * c.length);
     c.norms = carve.take<float>(c.segments());
     c.gaps = carve.take<float>(c.segments());
     *spare = carve.take<float>(2 * panels_of(codes) * kPanel);
     index->codes8 = c;
-    index->scratch_bytes = aligned(kRowBlock * (c.segments() + c.words) * 4);
+    index->scratch_bytes = aligned(kRowBlock * (c.segments() * static_cast<int64_t>(sizeof(Sum)) + c.words * 4));
   }
 #endif
   index->scratch = carve.take<char>(threads * index->scratch_bytes);
@@ -100,7 +100,7 @@ static Index<T> make_index(const T* codebook, int64_t codes, int64_t channels, c
   index.tables = &tables;
   if (!panels) return index;
   pack(codebook, codes, channels, tables, panels, threads);
-#if defined(__AVX512F__)
+#ifdef TOKENFLOW_INT8
   if constexpr (sizeof(T) == 4) {
     if (!index.certify) return index;
     pack8(index.packed, spare, &index.codes8, threads);
@@ -168,7 +168,7 @@ static void search_packed(const Index<T>& index, const T* staged, int64_t rows, 
   });
 }
 
-#if defined(__AVX512F__)
+#ifdef TOKENFLOW_INT8
 
 // Rows [0, rows) in tiles; false in done[r] where the bound could not rule out enough.
 static void search_certified(const Index<float>& index, const float* staged, int64_t rows, Best<float>* best,
@@ -176,40 +176,30 @@ static void search_certified(const Index<float>& index, const float* staged, int
   const Codes8& codes = index.codes8;
   const int64_t channels = index.packed.channels, segments = codes.segments();
   char* scratch = index.scratch + (threads == 1 ? omp_get_thread_num() * index.scratch_bytes : 0);
-  int32_t* table = reinterpret_cast<int32_t*>(scratch);
-  int32_t* q = table + kRowBlock * segments;
+  Sum* table = reinterpret_cast<Sum*>(scratch);
+  int32_t* q = reinterpret_cast<int32_t*>(table + kRowBlock * segments);
   Row8 row[kRowBlock];
-  bool usable[kRowBlock];
-  const float least =
-      codes.largest_start > 0 ? static_cast<float>(codes.largest_start / (kMaxStart8 * codes.scale)) : 0;
   for (int64_t first = 0; first < rows; first += kTile8) {
-    float largest[kTile8], of_tile = 0;
-    for (int64_t r = 0; r < kTile8; ++r) {
-      largest[r] = 0;
-      for (int64_t d = 0; first + r < rows && d < channels; ++d) {
-        const float size = __builtin_fabsf(staged[(first + r) * channels + d]);
-        largest[r] = size > largest[r] ? size : largest[r];
-      }
-      of_tile = largest[r] > of_tile ? largest[r] : of_tile;
+    // The starting scores are sums of one unit a tile.
+    const int64_t end = first + kTile8 < rows ? first + kTile8 : rows;
+    float scale[kTile8], of_tile = 0;
+    for (int64_t r = first; r < end; ++r) {
+      scale[r - first] = scale8(staged + r * channels, channels, codes);
+      of_tile = scale[r - first] > of_tile ? scale[r - first] : of_tile;
     }
-    // The starting scores are integers of one unit a tile.
-    for (int64_t r = 0; r < kTile8 && first + r < rows; ++r) {
-      float scale = (index.bound.starts ? of_tile : largest[r]) / 127;
-      scale = scale > least ? scale : least;
-      usable[first + r] = scale > 1e-15f && scale < 1e15f;
-      row[first + r] = quantize8(staged + (first + r) * channels, channels, usable[first + r] ? scale : 1, codes,
-                                 q + (first + r) * codes.words);
-    }
+    for (int64_t r = first; r < end; ++r)
+      row[r] = quantize8(staged + r * channels, channels, index.bound.starts ? of_tile : scale[r - first], codes,
+                         q + r * codes.words);
   }
   for (int64_t r = rows; r % kTile8; ++r) memset(q + r * codes.words, 0, codes.words * 4);
-  int64_t chunk = kBlockBytes / (codes.length * codes.words * kLanes8 * 4);
+  int64_t chunk = kBlockBytes / (codes.length * codes.words * kRegisterBytes);
   chunk = chunk < 1 ? 1 : chunk;
   const int64_t chunks = (codes.blocks + chunk - 1) / chunk;
   for_each(chunks, threads, [&](int64_t c) {
     const int64_t from = c * chunk, to = from + chunk < codes.blocks ? from + chunk : codes.blocks;
     for (int64_t r = 0; r < rows; r += kTile8) {
       const auto scan = index.bound.starts ? scan8<kTile8, true> : scan8<kTile8, false>;
-      scan(q + r * codes.words, codes, from, to, static_cast<float>(1 / row[r].unit), table + r * segments);
+      scan(q + r * codes.words, codes, from, to, start_factor(codes, row[r].unit), table + r * segments);
     }
   });
   const int64_t limit = segments / 4 + 8;
@@ -222,7 +212,7 @@ static void search_certified(const Index<float>& index, const float* staged, int
         best[r] = {__builtin_inff(), -1};
         best_in_panels(z, index.packed, 0, 1, 0, best + r);
         done[r] = true;
-      } else if (usable[r]) {
+      } else if (row[r].usable) {
         const int64_t n = resolve8(z, row[r], table + r * segments, codes, index.packed, index.bound, limit, best + r);
         scored += n;
         done[r] = n > 0;
@@ -254,7 +244,7 @@ static void search(const Index<T>& index, const T* staged, int64_t rows, Best<T>
   for (int64_t r = 0; r < rows; ++r) best[r] = {static_cast<T>(__builtin_inf()), -1};
   bool done[kRowBlock] = {};
   int64_t certified = 0;
-#if defined(__AVX512F__)
+#ifdef TOKENFLOW_INT8
   if constexpr (sizeof(T) == 4) {
     if (index.certify && index.gave_up * 2 <= index.tried + 2 * kRowBlock) {
       search_certified(index, staged, rows, best, done, threads);

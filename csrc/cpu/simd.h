@@ -1,5 +1,5 @@
-// One register of T on the instruction set that this file is compiled for: GCC's vector types and the one thing they
-// lack, a fused multiply-add.
+// One register of T on the instruction set that this file is compiled for: GCC's vector types and the things they lack:
+// a fused multiply-add, rounding, and sums of products of 8-bit integers.
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -122,5 +122,88 @@ static inline Register<double>::V fused(Register<double>::V a, Register<double>:
   return c;
 #endif
 }
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#define TOKENFLOW_INT8
+
+// To the nearest integer, halves to even.
+static inline Register<float>::V nearest(Register<float>::V v) {
+#if defined(__AVX512F__)
+  return (Register<float>::V)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return (Register<float>::V)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+}
+
+// Sums of products of 8-bit integers, unsigned of a row by signed of a code: a lane sums as many channels an
+// instruction as it has bytes. Sums wrap around: whatever leaves the lane on the way, the last one is exact if it fits.
+//   AVX-512  4 products in 32 bits, an instruction of VNNI
+//   AVX2     2 products in 16 bits. Their own sum saturates: rows of 0..128, codes of -127..127 keep it below 2^15
+#if defined(__AVX512F__)
+#define TOKENFLOW_DOT_TARGET target("avx512vnni")
+typedef int32_t Sum;
+constexpr Sum kMostOfSum = INT32_MAX;
+constexpr int kRowLevels = 127, kCodeLevels = 127;
+#else
+#define TOKENFLOW_DOT_TARGET target("avx2")
+typedef int16_t Sum;
+constexpr Sum kMostOfSum = INT16_MAX;
+constexpr int kRowLevels = 64, kCodeLevels = 127;
+#endif
+constexpr int kSums = kRegisterBytes / sizeof(Sum);  // lanes of a register
+typedef Sum Sums __attribute__((vector_size(kRegisterBytes)));
+
+static inline Sums load_sums(const Sum* p) {
+  Sums v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+static inline Sums add(Sums a, Sums b) {
+#if defined(__AVX512F__)
+  return (Sums)_mm512_add_epi32((__m512i)a, (__m512i)b);
+#else
+  return (Sums)_mm256_add_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+static inline Sums lower(Sums a, Sums b) {
+#if defined(__AVX512F__)
+  return (Sums)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#else
+  return (Sums)_mm256_min_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+static inline uint32_t lanes_at_most(Sums v, Sum x) {
+#if defined(__AVX512F__)
+  return _mm512_cmple_epi32_mask((__m512i)v, _mm512_set1_epi32(x));
+#else
+  const __m256i above = _mm256_cmpgt_epi16((__m256i)v, _mm256_set1_epi16(x));
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(above), _mm256_extracti128_si256(above, 1));
+  return ~_mm_movemask_epi8(bytes) & 0xffff;
+#endif
+}
+
+static inline Sum lowest_lane(Sums v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_min_epi32((__m512i)v);
+#else
+  Sum low = v[0];
+  for (int i = 1; i < kSums; ++i) low = v[i] < low ? v[i] : low;
+  return low;
+#endif
+}
+
+// sum + products of the bytes of `row`, the same in every lane, and of `codes`.
+static inline __attribute__((TOKENFLOW_DOT_TARGET)) Sums dot(Sums sum, int32_t row, Sums codes) {
+#if defined(__AVX512F__)
+  return (Sums)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(row), (__m512i)codes);
+#else
+  return (Sums)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16(_mm256_set1_epi32(row), (__m256i)codes));
+#endif
+}
+
+#endif
 
 TOKENFLOW_END
