@@ -2,6 +2,8 @@
 // bound cannot rule out. The answer is the canonical search's, ties included; docs/certified_search.md has the proof.
 //   s_k = h_k + z.c_k                     canonical score: h_k = 0.5 |c_k|^2 for l2, else 0; z the staged row, -y
 //   s'_k = middle + unit (H_k + q_z.q_k)  its 8-bit stand-in: z ~ scale_z q_z, c_k ~ scale q_k, unit = scale_z scale
+// Where a sum of all channels needs more than 16 bits, it is made of chunks, unit is 2^shift times that, and every
+// chunk of q_z.q_k is divided by 2^shift, downwards.
 //   |s_k - s'_k| <= bound(|c_k|, |c_k - scale q_k|), with the actual residuals of both sides
 // Codes lie in segments of `length` consecutive ids, a register's worth of segments to a block: lane l of register v of
 // a block holds code v of segment l. The scan keeps the minimum of each segment, a `Sum` (simd.h).
@@ -25,6 +27,7 @@ enum Term { kOfRow, kOfCode, kOfChain, kOfStartChain, kOfStart, kOfCeiling, kOfP
 
 constexpr int kTile8 = kTileRows;                                          // rows a tile
 constexpr int64_t kMaxChannels8 = 16384;                                   // keeps every sum inside 32 bits
+constexpr int64_t kChannels8 = sizeof(Sum);                                // channels a word
 constexpr int64_t kListed8 = 64;                                           // registers that wait to be scored again
 constexpr int64_t kLongest8 = 64;                                          // codes in a segment at most
 constexpr int64_t kPerSegment8 = kLongest8 / Register<float>::kLanes + 1;  // registers that a segment touches
@@ -33,40 +36,40 @@ constexpr int kRowOffset = kRowLevels + (kRowLevels & 1);                  // ma
 using Ints = Register<float>::I;
 using Floats = Register<float>::V;
 
-// Scales are such that |H_k + q_z.q_k| stays about kReach; a row that could pass kMostSum is not scanned.
+// Scales are such that every sum stays about kReach; a row for which one could pass kMostSum is not scanned.
 #if defined(__AVX512F__)
 typedef float Start, Factor;  // h_k; the scan makes H_k of it, middle is 0
 constexpr float kReach = 1 << 29, kMostSum = 9e8f;
-constexpr float kCodeLength = 1e9f;  // |q_k| about this at most
-constexpr float kStartError = 1;     // |unit H_k + middle - h_k| in units, besides 2^-22 h_k
+constexpr int64_t kChunk = kMaxChannels8;  // channels a chunk
+constexpr float kCodeLength = 1e9f;        // |q_k| at most, of a chunk and roughly
+constexpr float kStartError = 1;           // |unit H_k + middle - h_k| in units, besides 2^-22 h_k
 #else
 typedef int16_t Start, Factor;  // (h_k - middle) / step, rounded
-constexpr float kReach = 32000, kMostSum = 32700;
-constexpr float kCodeLength = 160;  // 16 bits then hold the product with a row of as many steps
+constexpr float kReach = 32000, kMostSum = 32500;
+constexpr int64_t kChunk = 96;
+constexpr float kCodeLength = 160;  // leaves room for rows of as many steps
 constexpr float kStartError = 2;
 #endif
 
 struct Codes8 {
   int64_t blocks, length, words;  // blocks of kSums segments of `length` codes (even) of `words` Sums of channels
+  int64_t chunks, chunk;          // of `chunk` words each, the last of what is left
   Sum* quantized;                 // [blocks][length / 2][words][2][kSums]: a channel a byte
-  Sum* offsets;                   // [blocks][length / 2][2][kSums]: minus what kRowOffset adds to every sum
-  Start* starts;                  // the same
+  Sum* offsets;                   // [blocks][length / 2][chunks][2][kSums]: minus what kRowOffset adds
+  Start* starts;                  // [blocks][length / 2][2][kSums]
   float *norms, *gaps;            // [segments]: the largest |c_k| and |c_k - scale q_k|, rounded up
   float longest, widest;          // the largest of them
   float scale, step, middle;
-  float spread;  // |h_k - middle| at most
-  float reach;   // |q_k| at most
-  bool usable;   // false where a code is not finite, or none has a size that 8 bits can follow
+  float spread;              // |h_k - middle| at most
+  float reach, chunk_reach;  // |q_k| at most, of a whole code and of a chunk
+  int shift;
+  bool usable;  // false where a code is not finite, or none has a size that 8 bits can follow
 
   int64_t segments() const { return blocks * kSums; }
-  // Where word 0 of code k lies; its others follow in steps of 2 kSums.
-  int64_t word(int64_t k) const {
+  // Where the first of `each` numbers of code k lies; its others follow in steps of 2 kSums.
+  int64_t at(int64_t k, int64_t each) const {
     const int64_t segment = k / length, v = k % length;
-    return ((segment / kSums * (length / 2) + v / 2) * words * 2 + v % 2) * kSums + segment % kSums;
-  }
-  int64_t start(int64_t k) const {
-    const int64_t segment = k / length, v = k % length;
-    return (segment / kSums * length + v) * kSums + segment % kSums;
+    return ((segment / kSums * (length / 2) + v / 2) * each * 2 + v % 2) * kSums + segment % kSums;
   }
 };
 
@@ -76,7 +79,10 @@ static Codes8 layout8(int64_t codes, int64_t channels) {
   const int64_t longest = channels < 24 ? kLongest8 : channels < 64 ? 32 : 16;
   c.blocks = (codes + longest * kSums - 1) / (longest * kSums);
   c.length = ((codes + c.segments() - 1) / c.segments() + 1) / 2 * 2;
-  c.words = (channels + sizeof(Sum) - 1) / sizeof(Sum);
+  c.words = (channels + kChannels8 - 1) / kChannels8;
+  c.chunks = (c.words * kChannels8 + kChunk - 1) / kChunk;
+  c.chunk = (c.words + c.chunks - 1) / c.chunks;
+  while (1 << c.shift < c.chunks) ++c.shift;
   return c;
 }
 
@@ -105,11 +111,11 @@ static inline Sums load_starts(const Start* p, Factor factor) {
 }
 #endif
 
-// Quantizes the packed codes. spare [2, panels * 32]: the norm and the residual of every code.
+// Quantizes the packed codes. spare [3, panels * 32]: of every code the norm, the residual and the longest chunk.
 static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int threads) {
   constexpr int kLanes = Register<float>::kLanes, kParts = kPanel / kLanes;
   const int64_t codes = packed.codes, channels = packed.channels, panels = panels_of(codes);
-  float *norms = spare, *gaps = spare + panels * kPanel;
+  float *norms = spare, *gaps = norms + panels * kPanel, *reaches = gaps + panels * kPanel;
   // Upper bounds of square roots: the sums' own rounding and what underflowed are added.
   const float up = 1 + TOKENFLOW_BOUND(kOfPacking, static_cast<float>(channels + 16) * 0x1p-23f);
   const float lost = TOKENFLOW_BOUND(kOfPacking, static_cast<float>(channels) * 1e-18f);
@@ -144,7 +150,7 @@ static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int th
   memcpy(&out->longest, &norm_bits, 4);
   out->usable = largest >= 1e-10f && largest <= 1e15f && start <= 1e30f;
   if (!out->usable) return;
-  const float by_length = out->longest / kCodeLength;
+  const float by_length = out->longest / (kCodeLength * __builtin_sqrtf(static_cast<float>(1 << out->shift)));
   const float scale = out->scale = largest / kCodeLevels > by_length ? largest / kCodeLevels : by_length;
   const float inverse = 1 / scale;
   prepare_starts(start, out);
@@ -152,47 +158,60 @@ static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int th
   for_each((panels + 15) / 16, threads, [&](int64_t batch) {
     for (int64_t p = 16 * batch; p < panels && p < 16 * batch + 16; ++p) {
       const float* panel = packed.panels + p * packed.stride();
-      Floats gap[kParts] = {}, total[kParts] = {};
-      int64_t to[kPanel];
+      Floats gap[kParts] = {}, longest[kParts] = {};
       const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
-      for (int64_t l = 0; l < used; ++l) to[l] = c.word(p * kPanel + l);
-      for (int64_t w = 0; w < c.words; ++w) {
-        int32_t word[kPanel];
-        for (int i = 0; i < kParts; ++i) {
-          Ints bytes = {};
-          for (int64_t d = sizeof(Sum) * w, b = 0; b < 8 * sizeof(Sum) && d < channels; ++d, b += 8) {
-            const Floats x = load_register(panel + d * kPanel + i * kLanes), q = nearest(x * inverse);
-            const Floats rest = fused(broadcast(-scale), q, x);
-            gap[i] = fused(rest, rest, gap[i]);
-            total[i] += q;
-            bytes |= (__builtin_convertvector(q, Ints) & 0xff) << static_cast<int32_t>(b);
+      int64_t to[kPanel], offset[kPanel];
+      for (int64_t l = 0; l < used; ++l) {
+        to[l] = c.at(p * kPanel + l, c.words);
+        offset[l] = c.at(p * kPanel + l, c.chunks);
+        c.starts[c.at(p * kPanel + l, 1)] = start_of(panel[channels * kPanel + l], c);
+      }
+      for (int64_t first = 0; first < c.words; first += c.chunk) {
+        Floats total[kParts] = {}, square[kParts] = {};
+        for (int64_t w = first; w < first + c.chunk && w < c.words; ++w) {
+          int32_t word[kPanel];
+          for (int i = 0; i < kParts; ++i) {
+            Ints bytes = {};
+            for (int64_t d = kChannels8 * w, b = 0; b < kChannels8 && d < channels; ++d, ++b) {
+              const Floats x = load_register(panel + d * kPanel + i * kLanes), q = nearest(x * inverse);
+              const Floats rest = fused(broadcast(-scale), q, x);
+              gap[i] = fused(rest, rest, gap[i]);
+              square[i] = fused(q, q, square[i]);
+              total[i] += q;
+              bytes |= (__builtin_convertvector(q, Ints) & 0xff) << static_cast<int32_t>(8 * b);
+            }
+            memcpy(word + i * kLanes, &bytes, sizeof(bytes));
           }
-          memcpy(word + i * kLanes, &bytes, sizeof(bytes));
+          for (int64_t l = 0; l < used; ++l, to[l - 1] += 2 * kSums) c.quantized[to[l]] = static_cast<Sum>(word[l]);
         }
-        for (int64_t l = 0; l < used; ++l) c.quantized[to[l] + w * 2 * kSums] = static_cast<Sum>(word[l]);
+        for (int i = 0; i < kParts; ++i) longest[i] = square[i] > longest[i] ? square[i] : longest[i];
+        for (int64_t l = 0; l < used; ++l, offset[l - 1] += 2 * kSums)
+          c.offsets[offset[l]] = static_cast<Sum>(-kRowOffset * static_cast<int32_t>(total[l / kLanes][l % kLanes]));
       }
       for (int64_t l = 0; l < used; ++l) {
         gaps[p * kPanel + l] = root(gap[l / kLanes][l % kLanes]) * up + lost;
-        const int64_t at = c.start(p * kPanel + l);
-        c.offsets[at] = static_cast<Sum>(-kRowOffset * static_cast<int32_t>(total[l / kLanes][l % kLanes]));
-        c.starts[at] = start_of(panel[channels * kPanel + l], c);
+        reaches[p * kPanel + l] = root(longest[l / kLanes][l % kLanes]) * up;
       }
     }
   });
   // Lanes without a code repeat the last one: it is rescored under its own id.
+  const auto repeat = [&](auto* numbers, int64_t each, int64_t k) {
+    for (int64_t i = 0; i < each; ++i)
+      numbers[c.at(k, each) + i * 2 * kSums] = numbers[c.at(codes - 1, each) + i * 2 * kSums];
+  };
   for (int64_t k = codes; k < c.segments() * c.length; ++k) {
-    for (int64_t w = 0; w < c.words; ++w)
-      c.quantized[c.word(k) + w * 2 * kSums] = c.quantized[c.word(codes - 1) + w * 2 * kSums];
-    c.offsets[c.start(k)] = c.offsets[c.start(codes - 1)];
-    c.starts[c.start(k)] = c.starts[c.start(codes - 1)];
+    repeat(c.quantized, c.words, k);
+    repeat(c.offsets, c.chunks, k);
+    repeat(c.starts, 1, k);
   }
-  out->widest = 0;
+  out->widest = out->chunk_reach = 0;
   for (int64_t s = 0; s < c.segments(); ++s) {
     c.norms[s] = c.gaps[s] = 0;
     for (int64_t k = s * c.length; k < (s + 1) * c.length; ++k) {
       const int64_t at = k < codes ? k : codes - 1;
       c.norms[s] = norms[at] > c.norms[s] ? norms[at] : c.norms[s];
       c.gaps[s] = gaps[at] > c.gaps[s] ? gaps[at] : c.gaps[s];
+      out->chunk_reach = reaches[at] > out->chunk_reach ? reaches[at] : out->chunk_reach;
     }
     out->widest = c.gaps[s] > out->widest ? c.gaps[s] : out->widest;
   }
@@ -202,20 +221,32 @@ static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int th
 // A row in 8 bits.
 struct Row8 {
   double norm, residual, size;  // |z|, |z - scale q|, |scale q|: upper bounds
-  double unit;                  // scale of the row times that of the codes
+  double unit;                  // what a sum counts
   bool usable;                  // every sum fits
 };
+
+// What the longest chunk and the whole of a row may do to the sums of a chunk and of a code, in `scale`s.
+static double most_sum(double chunk, double whole, double scale, const Codes8& codes) {
+  const double of_chunk = chunk * codes.chunk_reach;
+  const double of_code = (codes.spread / (scale * codes.scale) + whole * codes.reach) / (1 << codes.shift);
+  return of_chunk > of_code ? of_chunk : of_code;
+}
 
 // The scale of a row z [channels]; of a tile of rows under one unit it is the largest.
 static float scale8(const float* z, int64_t channels, const Codes8& codes) {
   float largest = 0;
-  double square = 0;
-  for (int64_t d = 0; d < channels; ++d) {
-    const float size = __builtin_fabsf(z[d]);
-    largest = size > largest ? size : largest;
-    square += static_cast<double>(size) * size;
+  double longest = 0, whole = 0;
+  for (int64_t first = 0; first < channels; first += codes.chunk * kChannels8) {
+    double square = 0;
+    for (int64_t d = first; d < channels && d < first + codes.chunk * kChannels8; ++d) {
+      const float size = __builtin_fabsf(z[d]);
+      largest = size > largest ? size : largest;
+      square += static_cast<double>(size) * size;
+    }
+    longest = square > longest ? square : longest;
+    whole += square;
   }
-  const double least = (codes.spread / codes.scale + __builtin_sqrt(square) * codes.reach) / kReach;
+  const double least = most_sum(__builtin_sqrt(longest), __builtin_sqrt(whole), 1, codes) / kReach;
   return largest / kRowLevels > least ? largest / kRowLevels : static_cast<float>(least);
 }
 
@@ -224,55 +255,70 @@ static Row8 quantize8(const float* z, int64_t channels, float scale, const Codes
   const bool usable = scale > 1e-15f && scale < 1e15f;
   scale = usable ? scale : 1;
   const float inverse = 1 / scale;
-  double norm = 0, residual = 0, size = 0;
-  for (int64_t w = 0; w < codes.words; ++w) {
-    uint8_t bytes[4];
-    for (int64_t b = 0; b < 4; ++b) {
-      const int64_t d = w * sizeof(Sum) + b % sizeof(Sum);  // a word of 2 bytes stands there twice
-      const float x = d < channels ? z[d] : 0, rounded = __builtin_rintf(x * inverse);
-      const float value = rounded > kRowLevels ? kRowLevels : rounded < -kRowLevels ? -kRowLevels : rounded;
-      bytes[b] = static_cast<uint8_t>(value + kRowOffset);
-      if (b >= static_cast<int64_t>(sizeof(Sum))) continue;
-      const double near = static_cast<double>(scale) * value, rest = x - near;
-      norm += static_cast<double>(x) * x;
-      residual += rest * rest;
-      size += near * near;
+  double norm = 0, residual = 0;
+  int64_t longest = 0, whole = 0;
+  for (int64_t first = 0; first < codes.words; first += codes.chunk) {
+    int64_t square = 0;
+    for (int64_t w = first; w < first + codes.chunk && w < codes.words; ++w) {
+      uint8_t bytes[4];
+      for (int64_t b = 0; b < kChannels8; ++b) {
+        const int64_t d = w * kChannels8 + b;
+        const float x = d < channels ? z[d] : 0, rounded = __builtin_rintf(x * inverse);
+        const float value = rounded > kRowLevels ? kRowLevels : rounded < -kRowLevels ? -kRowLevels : rounded;
+        const double rest = x - static_cast<double>(scale) * value;
+        bytes[b] = static_cast<uint8_t>(value + kRowOffset);
+        norm += static_cast<double>(x) * x;
+        residual += rest * rest;
+        square += static_cast<int64_t>(value * value);
+      }
+      for (int64_t b = kChannels8; b < 4; ++b) bytes[b] = bytes[b - kChannels8];  // half a word stands there twice
+      memcpy(q + w, bytes, 4);
     }
-    memcpy(q + w, bytes, 4);
+    longest = square > longest ? square : longest;
+    whole += square;
   }
   constexpr double kUp = 1 + 1e-9;
-  const Row8 row = {__builtin_sqrt(norm) * kUp, __builtin_sqrt(residual) * kUp, __builtin_sqrt(size) * kUp,
-                    static_cast<double>(scale) * codes.scale, usable};
-  const double most = codes.spread / row.unit + row.size / scale * codes.reach;
-  return {row.norm, row.residual, row.size, row.unit, usable && most <= kMostSum};
+  const double size = __builtin_sqrt(static_cast<double>(whole)) * kUp;
+  const double most = most_sum(__builtin_sqrt(static_cast<double>(longest)) * kUp, size, scale, codes);
+  return {__builtin_sqrt(norm) * kUp, __builtin_sqrt(residual) * kUp, scale * size,
+          static_cast<double>(scale) * codes.scale * (1 << codes.shift), usable && most <= kMostSum};
 }
 
 // table [R, segments]: the minimum of every segment of blocks [from, to) for rows q [R, words]; factor of the starts.
-template <int R, bool kStarts>
+template <int R, bool kStarts, bool kChunks>
 static __attribute__((noinline, TOKENFLOW_DOT_TARGET)) void scan8(const int32_t* q, const Codes8& codes, int64_t from,
                                                                   int64_t to, Factor factor, Sum* table) {
-  const int64_t words = codes.words, length = codes.length;
+  const int64_t words = codes.words, length = codes.length, chunk = kChunks ? codes.chunk : words;
   for (int64_t b = from; b < to; ++b) {
     Sums low[R];
     for (int r = 0; r < R; ++r) low[r] = Sums{} + kMostOfSum;
     const Sum* code = codes.quantized + b * length * words * kSums;
-    const Sum* offset = codes.offsets + b * length * kSums;
+    const Sum* offset = codes.offsets + b * length * codes.chunks * kSums;
     const Start* start = codes.starts + b * length * kSums;
     for (int64_t v = 0; v < length; v += 2) {
-      Sums s0 = load_sums(offset), s1 = load_sums(offset + kSums), sum[R][2];
-      if (kStarts) s0 = add(s0, load_starts(start, factor)), s1 = add(s1, load_starts(start + kSums, factor));
-      offset += 2 * kSums;
+      Sums s0 = {}, s1 = {}, sum[R][2], total[R][2];
+      if (kStarts) s0 = load_starts(start, factor), s1 = load_starts(start + kSums, factor);
       start += 2 * kSums;
-      for (int r = 0; r < R; ++r) sum[r][0] = s0, sum[r][1] = s1;
-      for (int64_t w = 0; w < words; ++w) {
-        const Sums c0 = load_sums(code), c1 = load_sums(code + kSums);
-        code += 2 * kSums;
-        for (int r = 0; r < R; ++r) {
-          sum[r][0] = dot(sum[r][0], q[r * words + w], c0);
-          sum[r][1] = dot(sum[r][1], q[r * words + w], c1);
+      for (int64_t first = 0; first < words; first += chunk) {
+        Sums o0 = load_sums(offset), o1 = load_sums(offset + kSums);
+        if (!kChunks) o0 = add(o0, s0), o1 = add(o1, s1);
+        offset += 2 * kSums;
+        for (int r = 0; r < R; ++r) sum[r][0] = o0, sum[r][1] = o1;
+        for (int64_t w = first; w < first + chunk && w < words; ++w) {
+          const Sums c0 = load_sums(code), c1 = load_sums(code + kSums);
+          code += 2 * kSums;
+          for (int r = 0; r < R; ++r) {
+            sum[r][0] = dot(sum[r][0], q[r * words + w], c0);
+            sum[r][1] = dot(sum[r][1], q[r * words + w], c1);
+          }
+        }
+        for (int r = 0; r < R && kChunks; ++r) {
+          total[r][0] = add(first ? total[r][0] : s0, sum[r][0] >> codes.shift);
+          total[r][1] = add(first ? total[r][1] : s1, sum[r][1] >> codes.shift);
         }
       }
-      for (int r = 0; r < R; ++r) low[r] = lower(lower(low[r], sum[r][0]), sum[r][1]);
+      const auto& of_all = kChunks ? total : sum;
+      for (int r = 0; r < R; ++r) low[r] = lower(lower(low[r], of_all[r][0]), of_all[r][1]);
     }
     for (int r = 0; r < R; ++r) memcpy(table + r * codes.segments() + b * kSums, &low[r], sizeof(low[r]));
   }

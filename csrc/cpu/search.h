@@ -61,11 +61,11 @@ static int64_t layout(int64_t rows, int64_t codes, int64_t channels, bool certif
   if (certified) {
     Codes8 c = layout8(codes, channels);
     c.quantized = carve.take<Sum>(c.segments() * c.length * c.words);
-    c.offsets = carve.take<Sum>(c.segments() * c.length);
+    c.offsets = carve.take<Sum>(c.segments() * c.length * c.chunks);
     c.starts = carve.take<Start>(c.segments() * c.length);
     c.norms = carve.take<float>(c.segments());
     c.gaps = carve.take<float>(c.segments());
-    *spare = carve.take<float>(2 * panels_of(codes) * kPanel);
+    *spare = carve.take<float>(3 * panels_of(codes) * kPanel);
     index->codes8 = c;
     index->scratch_bytes = aligned(kRowBlock * (c.segments() * static_cast<int64_t>(sizeof(Sum)) + c.words * 4));
   }
@@ -198,7 +198,11 @@ static void search_certified(const Index<float>& index, const float* staged, int
   for_each(chunks, threads, [&](int64_t c) {
     const int64_t from = c * chunk, to = from + chunk < codes.blocks ? from + chunk : codes.blocks;
     for (int64_t r = 0; r < rows; r += kTile8) {
-      const auto scan = index.bound.starts ? scan8<kTile8, true> : scan8<kTile8, false>;
+      const bool several = codes.chunks > 1;
+      const auto with_starts = several ? scan8<kTile8, true, true> : scan8<kTile8, true, false>;
+      const auto scan = index.bound.starts ? with_starts
+                        : several          ? scan8<kTile8, false, true>
+                                           : scan8<kTile8, false, false>;
       scan(q + r * codes.words, codes, from, to, start_factor(codes, row[r].unit), table + r * segments);
     }
   });
