@@ -48,7 +48,7 @@ typedef int16_t Start, Factor;  // (h_k - middle) / step, rounded
 constexpr float kReach = 32000, kMostSum = 32500;
 constexpr int64_t kChunk = 96;
 constexpr float kCodeLength = 160;  // leaves room for rows of as many steps
-constexpr float kStartError = 2;
+constexpr float kStartError = 1.55f;
 #endif
 
 struct Codes8 {
@@ -324,6 +324,14 @@ static __attribute__((noinline, TOKENFLOW_DOT_TARGET)) void scan8(const int32_t*
   }
 }
 
+using Scan8 = void (*)(const int32_t*, const Codes8&, int64_t, int64_t, Factor, Sum*);
+
+// The scan of these codes, with starting scores or without, for kTile8 rows.
+static Scan8 scan_of(const Codes8& codes, bool starts) {
+  if (codes.chunks > 1) return starts ? scan8<kTile8, true, true> : scan8<kTile8, false, true>;
+  return starts ? scan8<kTile8, true, false> : scan8<kTile8, false, false>;
+}
+
 // What the bound needs of the call besides row and codes.
 struct Bound {
   int64_t channels;
@@ -340,8 +348,9 @@ struct Ceiling {
   Sum operator()(float norm, float gap) const {
     const float c = norm < cut ? norm : cut;
     const float error = c * (by_norm + by_start * c) + by_gap * gap;
-    // The sums here are rounded themselves: 2^-20 of their size covers it, and 1 the conversion.
-    const float most = base + error + TOKENFLOW_BOUND(kOfCeiling, (error + __builtin_fabsf(base)) * 0x1p-20f + 1.0f);
+    // The sums here are rounded themselves: 2^-20 of their size covers it. Sums are integers: nothing between two
+    // counts.
+    const float most = base + error + TOKENFLOW_BOUND(kOfCeiling, (error + __builtin_fabsf(base)) * 0x1p-20f);
     return static_cast<Sum>(most < kMostSum ? most > -kMostSum ? most : -kMostSum : kMostSum);
   }
 };
@@ -359,7 +368,8 @@ static Ceiling ceiling_of(const Row8& row, const Codes8& codes, const Bound& bou
   const double by_norm = TOKENFLOW_BOUND(kOfRow, row.residual) + chain * row.norm;
   const double by_start = TOKENFLOW_BOUND(kOfStartChain, (gamma + 0x1p-22) * 0.5 * bound.max_weight);
   Ceiling c;
-  c.base = static_cast<float>((score - codes.middle + underflow) / row.unit + TOKENFLOW_BOUND(kOfStart, kStartError));
+  const double start = bound.starts ? TOKENFLOW_BOUND(kOfStart, kStartError) : 0;
+  c.base = static_cast<float>((score - codes.middle + underflow) / row.unit + start);
   c.by_norm = static_cast<float>(by_norm / row.unit * kUp);
   c.by_start = static_cast<float>(bound.starts ? by_start / row.unit * kUp : 0);
   c.by_gap = static_cast<float>(TOKENFLOW_BOUND(kOfCode, row.size) / row.unit * kUp);

@@ -195,16 +195,11 @@ static void search_certified(const Index<float>& index, const float* staged, int
   int64_t chunk = kBlockBytes / (codes.length * codes.words * kRegisterBytes);
   chunk = chunk < 1 ? 1 : chunk;
   const int64_t chunks = (codes.blocks + chunk - 1) / chunk;
+  const Scan8 scan = scan_of(codes, index.bound.starts);
   for_each(chunks, threads, [&](int64_t c) {
     const int64_t from = c * chunk, to = from + chunk < codes.blocks ? from + chunk : codes.blocks;
-    for (int64_t r = 0; r < rows; r += kTile8) {
-      const bool several = codes.chunks > 1;
-      const auto with_starts = several ? scan8<kTile8, true, true> : scan8<kTile8, true, false>;
-      const auto scan = index.bound.starts ? with_starts
-                        : several          ? scan8<kTile8, false, true>
-                                           : scan8<kTile8, false, false>;
+    for (int64_t r = 0; r < rows; r += kTile8)
       scan(q + r * codes.words, codes, from, to, start_factor(codes, row[r].unit), table + r * segments);
-    }
   });
   const int64_t limit = segments / 4 + 8;
   for_each(rows / 8 + 1, threads, [&](int64_t eighth) {
