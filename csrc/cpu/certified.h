@@ -4,7 +4,7 @@
 //   s'_k = middle + unit (H_k + q_z.q_k)  its 8-bit stand-in: z ~ scale_z q_z, c_k ~ scale q_k, unit = scale_z scale
 // Where a sum of all channels needs more than 16 bits, it is made of chunks, unit is 2^shift times that, and every
 // chunk of q_z.q_k is divided by 2^shift, downwards.
-//   |s_k - s'_k| <= bound(|c_k|, |c_k - scale q_k|), with the actual residuals of both sides
+//   s'_k - s_k <= bound(|c_k|, |c_k - scale q_k|), with the actual residuals of both sides
 // Codes lie in segments of `length` consecutive ids, a register's worth of segments to a block: lane l of register v of
 // a block holds code v of segment l. The scan keeps the minimum of each segment, a `Sum` (simd.h).
 // Operations: 2 N K C of 8 bits. Bytes: C + 4 (AVX2) or C + 8 a code for the scan, and the panels that the rescoring
@@ -42,7 +42,7 @@ typedef float Start, Factor;  // h_k; the scan makes H_k of it, middle is 0
 constexpr float kReach = 1 << 29, kMostSum = 9e8f;
 constexpr int64_t kChunk = kMaxChannels8;  // channels a chunk
 constexpr float kCodeLength = 1e9f;        // |q_k| at most, of a chunk and roughly
-constexpr float kStartError = 1;           // |unit H_k + middle - h_k| in units, besides 2^-22 h_k
+constexpr float kStartError = 0.55f;       // |unit H_k + middle - h_k| in units, besides 2^-22 h_k
 #else
 typedef int16_t Start, Factor;  // (h_k - middle) / step, rounded
 constexpr float kReach = 32000, kMostSum = 32500;
@@ -430,6 +430,17 @@ static inline bool can_certify() {
   return true;
 #else
   return false;
+#endif
+}
+
+// Where 8 bits win: enough rows to pay for the second packing, codes long and many enough, and not so long that too
+// many segments survive. Measured with normal rows and codes.
+static inline bool pays_to_certify(int64_t rows, int64_t codes, int64_t channels) {
+#if defined(__AVX512F__)
+  return channels >= 5 && codes >= 512 && rows >= 256;
+#else
+  return rows >= 256 && codes >= 512 && codes >= 4 * channels && channels >= 6 && channels <= 768 &&
+         codes * channels >= 16384;
 #endif
 }
 

@@ -1,6 +1,6 @@
 // peaks: what the arithmetic units of this processor do at best, the yardstick of benchmarks/.
 //   rates[0]  float32 fused multiply-adds, FLOP/s: the same fused() and registers as the search
-//   rates[1]  8-bit dot products into int32, OP/s; 0 where this instruction set has no instruction for them
+//   rates[1]  8-bit dot products, OP/s, those of the certified search; 0 where this instruction set has none
 // Twelve independent chains in registers hide the latency of either unit; nothing is loaded or stored in the loop.
 // Every thread counts its own loops over `seconds` of its own clock; the rates are the sums.
 #include <time.h>
@@ -31,18 +31,23 @@ static __attribute__((noinline)) float multiply_add(float x) {
   return sum[0][0];
 }
 
-#if defined(__AVX512F__)
-static __attribute__((noinline, target("avx512vnni"))) int dot_bytes(int x) {
-  __m512i sum[kChains];
-  for (int c = 0; c < kChains; ++c) sum[c] = _mm512_set1_epi32(c);
-  const __m512i factor = _mm512_set1_epi8(static_cast<char>(x));
-  for (int64_t i = 0; i < kLoops; ++i)
-    for (int c = 0; c < kChains; ++c) sum[c] = _mm512_dpbusd_epi32(sum[c], factor, factor);
-  for (int c = 1; c < kChains; ++c) sum[0] = _mm512_add_epi32(sum[0], sum[c]);
-  return _mm512_cvtsi512_si32(sum[0]);
+#ifdef TOKENFLOW_INT8
+static __attribute__((noinline, TOKENFLOW_DOT_TARGET)) int dot_bytes(int x) {
+  Sums sum[kChains], factor = Sums{} + static_cast<Sum>(x);
+  for (int c = 0; c < kChains; ++c) sum[c] = Sums{} + static_cast<Sum>(c);
+  for (int64_t i = 0; i < kLoops; ++i) {
+    __asm__ volatile("" : "+x"(factor));  // or the products would be made once
+    for (int c = 0; c < kChains; ++c) {
+      Sums codes = factor;
+      if (sizeof(Sum) == 2) __asm__ volatile("" : "+x"(codes));  // nor may chains share them
+      sum[c] = dot(sum[c], x, codes);
+    }
+  }
+  for (int c = 1; c < kChains; ++c) sum[0] = add(sum[0], sum[c]);
+  return sum[0][0];
 }
-static const double kDotBytes = 64;
-static bool has_dot_bytes() { return __builtin_cpu_supports("avx512vnni"); }
+static const double kDotBytes = kRegisterBytes;
+static bool has_dot_bytes() { return sizeof(Sum) == 2 || __builtin_cpu_supports("avx512vnni"); }
 #elif defined(__ARM_FEATURE_DOTPROD)
 static __attribute__((noinline)) int dot_bytes(int x) {
   int32x4_t sum[kChains];

@@ -39,13 +39,11 @@ struct Carve {
   }
 };
 
-// Where 8 bits win: enough rows to pay for the second packing, and codes long and many enough. Measured,
-// bench_nearest_code.
 template <class T>
 static bool certify(int64_t rows, int64_t codes, int64_t channels) {
   if (sizeof(T) != 4 || !can_certify() || channels > 16384 || rows <= kRowBlock) return false;
   if (search_state.precision != kAuto) return search_state.precision == kCertified;
-  return channels >= 5 && codes >= 512 && rows >= 256;
+  return pays_to_certify(rows, codes, channels);
 }
 
 // Lays out the workspace of a search for `rows` rows (in one call, all scales together) and returns its bytes.

@@ -30,9 +30,9 @@ class SearchTrace:
 def search_precision(precision: str) -> Iterator[None]:
     """Forces the scan of native searches in this process; the ids are the same bits either way.
 
-    "auto" takes 8-bit integers with a certificate where they are faster and the processor has AVX512-VNNI, "full"
-    always scans in the type of the scores, "certified" takes 8 bits wherever they are possible: float32, more than 64
-    rows, such a processor.
+    "auto" takes 8-bit integers with a certificate where they are faster and the processor has AVX2 or AVX512-VNNI,
+    "full" always scans in the type of the scores, "certified" takes 8 bits wherever they are possible: float32, more
+    than 64 rows, such a processor.
 
     Args:
         precision: "auto", "full" or "certified".
@@ -57,7 +57,9 @@ def search_precision(precision: str) -> Iterator[None]:
             return
         raise RuntimeError(f"search_precision: precision: wanted the native core for {precision}, but it was not built")
     if precision == "certified" and _C.build_info()["certified_search"] == "none":
-        raise RuntimeError("search_precision: precision: wanted AVX512-VNNI for certified, which does not run here")
+        raise RuntimeError(
+            "search_precision: precision: wanted AVX2 or AVX512-VNNI for certified, which does not run here"
+        )
     before = _C.search_precision(PRECISIONS.index(precision))
     try:
         yield
