@@ -17,6 +17,8 @@
 
 TOKENFLOW_BEGIN
 
+constexpr int64_t kMaxChannels8 = 16384;  // whose products 32 bits hold
+
 #ifdef TOKENFLOW_INT8
 
 // The terms of the bound. Tests multiply each by less than 1, and have to notice.
@@ -26,12 +28,14 @@ enum Term { kOfRow, kOfCode, kOfChain, kOfStartChain, kOfStart, kOfCeiling, kOfP
 #endif
 
 constexpr int kTile8 = kTileRows;                                          // rows a tile
-constexpr int64_t kMaxChannels8 = 16384;                                   // keeps every sum inside 32 bits
 constexpr int64_t kChannels8 = sizeof(Sum);                                // channels a word
 constexpr int64_t kListed8 = 64;                                           // registers that wait to be scored again
 constexpr int64_t kLongest8 = 64;                                          // codes in a segment at most
 constexpr int64_t kPerSegment8 = kLongest8 / Register<float>::kLanes + 1;  // registers that a segment touches
 constexpr int kRowOffset = kRowLevels + (kRowLevels & 1);                  // makes rows unsigned
+
+static_assert(kRowLevels + kRowOffset <= UINT8_MAX && kCodeLevels <= INT8_MAX, "levels are bytes");
+static_assert(sizeof(Sum) > 2 || 2 * (kRowLevels + kRowOffset) * kCodeLevels <= INT16_MAX, "pairs do not saturate");
 
 using Ints = Register<float>::I;
 using Floats = Register<float>::V;
@@ -50,6 +54,10 @@ constexpr int64_t kChunk = 96;
 constexpr float kCodeLength = 160;  // leaves room for rows of as many steps
 constexpr float kStartError = 1.55f;
 #endif
+
+// Sums wrap around on the way, so only the last of a chunk and of a code have to fit: those that quantize8() checks, a
+// starting score's rounding, and a count a chunk that division took.
+static_assert(kMostSum * (1 + 0x1p-20) + 2 + static_cast<double>(kMaxChannels8 / kChunk + 1) < kMostOfSum, "sums fit");
 
 struct Codes8 {
   int64_t blocks, length, words;  // blocks of kSums segments of `length` codes (even) of `words` Sums of channels
@@ -299,12 +307,14 @@ static __attribute__((noinline, TOKENFLOW_DOT_TARGET)) void scan8(const int32_t*
       Sums s0 = {}, s1 = {}, sum[R][2], total[R][2];
       if (kStarts) s0 = load_starts(start, factor), s1 = load_starts(start + kSums, factor);
       start += 2 * kSums;
-      for (int64_t first = 0; first < words; first += chunk) {
+      for (int r = 0; r < R; ++r) total[r][0] = s0, total[r][1] = s1;
+      int64_t w = 0;
+      do {
         Sums o0 = load_sums(offset), o1 = load_sums(offset + kSums);
         if (!kChunks) o0 = add(o0, s0), o1 = add(o1, s1);
         offset += 2 * kSums;
         for (int r = 0; r < R; ++r) sum[r][0] = o0, sum[r][1] = o1;
-        for (int64_t w = first; w < first + chunk && w < words; ++w) {
+        for (const int64_t end = w + chunk < words ? w + chunk : words; w < end; ++w) {
           const Sums c0 = load_sums(code), c1 = load_sums(code + kSums);
           code += 2 * kSums;
           for (int r = 0; r < R; ++r) {
@@ -313,10 +323,10 @@ static __attribute__((noinline, TOKENFLOW_DOT_TARGET)) void scan8(const int32_t*
           }
         }
         for (int r = 0; r < R && kChunks; ++r) {
-          total[r][0] = add(first ? total[r][0] : s0, sum[r][0] >> codes.shift);
-          total[r][1] = add(first ? total[r][1] : s1, sum[r][1] >> codes.shift);
+          total[r][0] = add(total[r][0], sum[r][0] >> codes.shift);
+          total[r][1] = add(total[r][1], sum[r][1] >> codes.shift);
         }
-      }
+      } while (kChunks && w < words);
       const auto& of_all = kChunks ? total : sum;
       for (int r = 0; r < R; ++r) low[r] = lower(lower(low[r], of_all[r][0]), of_all[r][1]);
     }
@@ -348,10 +358,11 @@ struct Ceiling {
   Sum operator()(float norm, float gap) const {
     const float c = norm < cut ? norm : cut;
     const float error = c * (by_norm + by_start * c) + by_gap * gap;
-    // The sums here are rounded themselves: 2^-20 of their size covers it. Sums are integers: nothing between two
-    // counts.
+    // What is added here is rounded itself: 2^-20 of its size covers it. A sum is an integer: a fraction holds none.
     const float most = base + error + TOKENFLOW_BOUND(kOfCeiling, (error + __builtin_fabsf(base)) * 0x1p-20f);
-    return static_cast<Sum>(most < kMostSum ? most > -kMostSum ? most : -kMostSum : kMostSum);
+    // A ceiling beyond all sums rules nothing out; one below them stays above what it was.
+    if (!(most < static_cast<float>(kMostOfSum))) return kMostOfSum;
+    return static_cast<Sum>(most > -kMostSum ? most : -kMostSum);
   }
 };
 
@@ -366,7 +377,9 @@ static Ceiling ceiling_of(const Row8& row, const Codes8& codes, const Bound& bou
   }
   constexpr double kUp = 1 + 0x1p-20;
   const double by_norm = TOKENFLOW_BOUND(kOfRow, row.residual) + chain * row.norm;
-  const double by_start = TOKENFLOW_BOUND(kOfStartChain, (gamma + 0x1p-22) * 0.5 * bound.max_weight);
+  // h_k <= (1 + 2 gamma) 0.5 max_weight |c_k|^2
+  const double most_start = (1 + 2 * gamma) * 0.5 * bound.max_weight;
+  const double by_start = TOKENFLOW_BOUND(kOfStartChain, (gamma + 0x1p-22) * most_start);
   Ceiling c;
   const double start = bound.starts ? TOKENFLOW_BOUND(kOfStart, kStartError) : 0;
   c.base = static_cast<float>((score - codes.middle + underflow) / row.unit + start);

@@ -41,7 +41,7 @@ struct Carve {
 
 template <class T>
 static bool certify(int64_t rows, int64_t codes, int64_t channels) {
-  if (sizeof(T) != 4 || !can_certify() || channels > 16384 || rows <= kRowBlock) return false;
+  if (sizeof(T) != 4 || !can_certify() || channels > kMaxChannels8 || rows <= kRowBlock) return false;
   if (search_state.precision != kAuto) return search_state.precision == kCertified;
   return pays_to_certify(rows, codes, channels);
 }
