@@ -1,10 +1,10 @@
-// code_statistics: counts[g, k] = rows of code k, sums[g, k] = their sum; rows with NaN or inf are left out and
-// counted. Eight lanes a row look whether it is finite and write its key; then the sums by code of sums.cuh, whose
-// order the rows have. Counts alone are added by atomics on integers; a warp whose 32 rows have one code adds once, so
-// that a codebook that collapsed does not wait for itself. Bytes a row of C numbers of b bytes: 8 + b C read, 4
-// written; then as counted in sums.cuh, which reads the rows a second time (from the second-level cache up to its 40 MB
-// on A100, 50 MB on H100). N = 262144, K = 32768, C = 32, float32: 88 MB, 44 us on A100 (2.0 TB/s), 26 us on H100 (3.35
-// TB/s). Counts alone: 37 MB, 18 and 11 us. Paper arithmetic, never run on a GPU.
+// code_statistics: counts[g, k] = rows of code k, sums[g, k] = their sum. Rows with NaN or inf are counted, not added.
+// Eight lanes a row look whether it is finite and write its key; then the sums by code (sums.cuh). Counts alone are
+// added by atomics on integers, and a warp whose 32 rows have one code adds once, as in a codebook that collapsed.
+// Bytes a row of C numbers of b bytes: 8 + b C read, 4 written; then what sums.cuh counts, which reads the rows again
+// (up to 40 MB of them from the second-level cache on A100, 50 MB on H100). N = 262144, K = 32768, C = 32, float32:
+// 87 MB, 44 us on A100 (2.0 TB/s), 26 us on H100 (3.35 TB/s). Counts alone: 38 MB, 19 and 11 us. Paper arithmetic,
+// never run on a GPU.
 #include "common/ops.h"
 #include "cuda/sums.cuh"
 

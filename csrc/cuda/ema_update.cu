@@ -1,12 +1,11 @@
-// ema_update: the exponential moving average of a batch's counts and sums, and the codebook that follows from it, in
-// place:
+// ema_update: the exponential moving average of a batch's counts and sums, and the codebook that follows, in place:
 //   ema_counts = d ema_counts + (1 - d) counts,  ema_sums likewise,  n = sum_k ema_counts_k
 //   codebook_k = ema_sums_k / ((ema_counts_k + eps) / (n + K eps) n), unit for cosine, where counts_k > 0
-// share_kernel has a warp for each 64th of a group's codes: they add their counts one after another, in double, as the
-// CPU does, so n has its bits. update_kernel has eight lanes for a code; one warp of a block makes the 32 divisors.
-// Source: van den Oord et al. 1711.00937, A.1. Bytes a code: 3 (C + 1) numbers read, 2 (C + 1) written. K = 32768, C =
-// 32: 22 MB, 11 us on A100 (2.0 TB/s), 6.5 us on H100 (3.35 TB/s); and the chain of K / 64 additions in double, some 10
-// cycles each: 4 us. Paper arithmetic, never run on a GPU.
+// share_kernel has a warp for each 64th of a group's codes, which adds their counts one after another in double, as the
+// CPU does: n has its bits. update_kernel has eight lanes for a code; one warp of a block makes its 32 divisors.
+// Bytes a code: 3 (C + 1) numbers read, 2 (C + 1) written. K = 32768, C = 32: 22 MB, 11 us on A100 (2.0 TB/s), 6.5 us
+// on H100 (3.35 TB/s); before it a chain of K / 64 additions in double, some 10 cycles each: 4 us. Paper arithmetic,
+// never run on a GPU. Source: van den Oord et al. 1711.00937, A.1.
 #include "common/ops.h"
 #include "cuda/rows.cuh"
 

@@ -1,9 +1,10 @@
 // lookup: rows[n, g] = codebook[g, indices[n, g]] of any float type, bytes copied as they are; lookup_backward:
 //   grad_codebook[g, k] = sum over the rows n with indices[n, g] = k of grad_rows[n, g], in row order (sums.cuh)
 // A thread copies one piece of a row, 16 bytes where rows and addresses allow, else 4 or 2. An id outside the table
-// reads as a row of NaN, is counted, and sends no gradient. Bytes a row of w bytes: 8 + w read (each code once where
-// the cache holds the table), w written; N = 262144, w = 128: 69 MB, 35 us on A100 (2.0 TB/s), 21 us on H100 (3.35
-// TB/s). Backward: 12 bytes a row for the keys, the rest as counted in sums.cuh. Paper arithmetic, never run on a GPU.
+// reads as a row of NaN, is counted, and sends no gradient.
+// Bytes a row of w bytes: 8 + w read, each code once where the cache holds the table, and w written. N = 262144,
+// w = 128: 69 MB, 35 us on A100 (2.0 TB/s), 21 us on H100 (3.35 TB/s). Backward: 8 bytes a row for the ids, and what
+// sums.cuh counts. Paper arithmetic, never run on a GPU.
 #include "common/ops.h"
 #include "cuda/sums.cuh"
 

@@ -1,13 +1,14 @@
-// quantize: search, gather, straight-through value and loss; the search is search.cuh's, an epilogue does the rest.
+// quantize: search, gather, straight-through value and loss in one call; the search is that of search.cuh.
 //   y = row as searched, q = its code;  loss = loss_weight * mean((q - y)^2) over all N G C numbers
 // Epilogue: eight lanes a row make y and q unit where they are to be, in the canonical order, and write the id, q in
-// the type of x, and what is kept: y, q, the code's norms. The squares of a row are added as the CPU adds them; rows in
-// double, 32 a block, then the blocks by 256 threads in a fixed order: the same bits always. A row with NaN or inf gets
-// the lowest id, NaN, no part in the loss, and is counted. Bytes a row of C numbers of b bytes beside the search: b C
-// (+ 8 for the key) read, each code once where the cache holds the table, b C + 8 written, 4 C for y, 4 (C + T) for
-// backward. N = 262144, C = 32, float32, for backward: 106 MB, 53 us on A100 (2.0 TB/s), 32 us on H100 (3.35 TB/s); for
-// unit rows 24 shuffles of 8 lanes and 8 numbers: 12 us of H100's one shuffle a cycle. Paper arithmetic, never run on a
-// GPU. Source: tokenflow.md 1.2.
+// the type of x, and what is kept: y, q, code norms. The squares of a row are added as the CPU adds them, then rows
+// in double, 32 a block, and blocks by 256 threads, in a fixed order. A row with NaN or inf gets the lowest id, NaN, no
+// part in the loss, and is counted.
+// Bytes a row of C numbers of b bytes beside the search: b C + 8 read, each code once where the cache holds the table;
+// b C + 8 written, 4 C for y, 4 (C + T) for backward. N = 262144, C = 32, float32, for backward: 106 MB, 53 us on A100
+// (2.0 TB/s), 32 us on H100 (3.35 TB/s). Where rows are unit, 24 shuffles of a warp for 8 numbers of 4 rows: 6.3 M, 41
+// and 27 us at one a cycle and multiprocessor, while memory is read. The search of K = 32768 codes takes some 250 times
+// as long. Paper arithmetic, never run on a GPU. Source: tokenflow.md 1.2.
 #include "common/ops.h"
 #include "cuda/rows.cuh"
 #include "cuda/search.cuh"

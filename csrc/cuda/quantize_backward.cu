@@ -1,15 +1,15 @@
 // quantize_backward: the closed form. y = row as searched, q = its code, loss as in quantize.cu:
 //   dL/dy = dL/dquantized + grad_loss * 2 commitment (y - q) / (N G C)     (straight-through: d quantized / dy = 1)
 //   dL/dq_k = sum over rows of code k of grad_loss * 2 codebook_weight (q - y) / (N G C)
-// and both go through the normalisation where there was one. Four kernels and the sums by code:
-//   scale    the two factors of (y - q), once, in double
-//   rows     eight lanes a row: dx; for the codebook the row's key, -1 where it is left out, and the norms of y
-//   sums.cuh adds to_code (q - y) by code: made again from x and the norms, nothing of size N C is kept
-//   through  eight lanes a code, where codes are unit: the sum goes through its normalisation, in place
+// and both go through the normalisation where there was one.
+//   scale      the factors of (y - q) and (q - y), once, in double
+//   rows       eight lanes a row: dx; for the codebook the row's key, none where it is left out, and the norms of y
+//   sums.cuh   adds (q - y) by code, made again from x and the norms: nothing of size N C is written
+//   through    eight lanes a code, where codes are unit: its sum goes through the normalisation, in place
 // The order of operations is the CPU's (cpu/rows.h), and so are the bits where a code has up to kChunk rows.
-// Bytes a row of C numbers of b bytes: 3 b C + 4 C read (x twice), b C + 12 written, and as counted in sums.cuh; a code
-// 8 C read and 4 C written by `through`. N = 262144, K = 32768, C = 32, float32: 216 MB, 108 us on A100 (2.0 TB/s), 64
-// us on H100 (3.35 TB/s). Paper arithmetic, never run on a GPU. Source: tokenflow.md 1.2, checked against autograd.
+// Bytes a row of C numbers of b bytes: 3 b C + 4 C + 24 read (x twice), b C + 8 T written, and the sort of sums.cuh; a
+// code 8 C read and 8 C written. N = 262144, K = 32768, C = 32, float32: 202 MB, 101 us on A100 (2.0 TB/s), 60 us on
+// H100 (3.35 TB/s). Paper arithmetic, never run on a GPU. Source: tokenflow.md 1.2, checked against autograd.
 #include "common/ops.h"
 #include "cuda/sums.cuh"
 
@@ -44,8 +44,9 @@ struct Rows {
   }
 };
 
-static __global__ void scale_kernel(const float* grad_loss, double numbers, double commitment_weight,
-                                    double codebook_weight, float* scales) {
+static __global__ void __launch_bounds__(1)
+    scale_kernel(const float* grad_loss, double numbers, double commitment_weight, double codebook_weight,
+                 float* scales) {
   const double scale = grad_loss && numbers > 0 ? 2.0 * *grad_loss / numbers : 0;
   scales[0] = static_cast<float>(scale * commitment_weight);
   scales[1] = static_cast<float>(scale * codebook_weight);

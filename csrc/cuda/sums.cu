@@ -2,8 +2,9 @@
 //   count   a block counts the digits of kTile rows
 //   scan    where each block puts its first row of each digit: digits in order, then blocks in order
 //   place   a warp finds by ballots which of its lanes have the same digit: the lower lanes come first. Its rows follow
-//           its own before, and those of the warps before it
-// Every count is an integer, so atomics in shared memory keep the result the same.
+//           those that it had before, and those of the warps before it
+// Every count is an integer, so atomics in shared memory keep the result the same. One block scans a group: a thread
+// reads N / 8192 counts twice, some 7 us for a million rows of one group.
 #include "cuda/sums.cuh"
 
 TOKENFLOW_BEGIN
@@ -13,6 +14,7 @@ constexpr int kWarps = kDigits / 32;
 constexpr int kItems = 8;  // rows of a thread
 constexpr int64_t kTile = kDigits * kItems;
 constexpr int kScanParts = 4;  // of the blocks, each with its own threads in scan
+constexpr int kScanThreads = kScanParts * kDigits;
 
 Sums take_sums(Call& call, int64_t rows, int64_t groups, int64_t codes, int64_t channels) {
   Sums s = {rows, groups, codes, channels, 1, 1};
@@ -72,7 +74,7 @@ static __global__ void __launch_bounds__(kDigits) count_kernel(Sums sums, int pa
 }
 
 // A block for each group; threads (part of the blocks, digit).
-static __global__ void __launch_bounds__(kScanParts* kDigits) scan_kernel(Sums sums) {
+static __global__ void __launch_bounds__(kScanThreads) scan_kernel(Sums sums) {
   SHARED(unsigned, part_sum, [kScanParts][kDigits]);
   SHARED(unsigned, warp_sum, [kWarps]);
   SHARED(unsigned, base, [kDigits]);
@@ -115,7 +117,7 @@ static __global__ void __launch_bounds__(kScanParts* kDigits) scan_kernel(Sums s
       at += count[j];
     }
   }
-  if (threadIdx.x == kScanParts * kDigits - 1) sums.kept[g] = at;
+  if (threadIdx.x == kScanThreads - 1) sums.kept[g] = at;
 }
 
 static __global__ void __launch_bounds__(kDigits) place_kernel(Sums sums, int pass) {
@@ -184,7 +186,7 @@ void sort_rows(Call& call, const Sums& sums) {
   const dim3 grid(static_cast<unsigned>(sums.blocks * sums.groups)), block(kDigits);
   for (int pass = 0; pass < sums.passes; ++pass) {
     launch(call, count_kernel, grid, block, 0, sums, pass);
-    launch(call, scan_kernel, dim3(static_cast<unsigned>(sums.groups)), dim3(kScanParts * kDigits), 0, sums);
+    launch(call, scan_kernel, dim3(static_cast<unsigned>(sums.groups)), dim3(kScanThreads), 0, sums);
     launch(call, place_kernel, grid, block, 0, sums, pass);
   }
   launch(call, starts_kernel, blocks_for(sums.groups * (sums.codes + 1), kSumThreads), dim3(kSumThreads), 0, sums);

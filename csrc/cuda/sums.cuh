@@ -1,21 +1,20 @@
 // Sums over the rows of every code, the same bits always, without a float atomic:
 //   sum[g, k] = sum over the rows n with keys[g, n] = k of row n, in row order, in double.
-// 1. A stable radix sort of the rows by code, 8 bits at a time (sums.cu): counts of digits a block, one scan of them,
-//    placement. A block's share of the rows is placed in row order, so rows of a code stay in row order.
+// 1. A stable radix sort of the rows by code, 8 bits at a time (sums.cu): blocks count their digits, one scan says
+//    where each puts its rows, and they put them there in row order: rows of a code stay in row order.
 // 2. The first of the sorted rows of every code, by bisection.
-// 3. A thread for every (code, channel) adds its rows, neighbouring threads neighbouring channels. So up to kChunk rows
-// of
-//    a code are the CPU's sum to the last bit. A code with more is cut into chunks of kChunk rows, each of which is
-//    added by threads of its own first, and then adds its chunks in order: however popular it is, no thread adds more
-//    than kChunk rows, and only the order of additions in double differs from the CPU's.
-// No launch depends on what the rows hold: at a row of the sorted list where kChunk divides, at most two chunks of long
-// codes begin before the next such row (the rest of a code that lies there, the first chunk of one that begins).
-// Bytes, for N rows of C numbers of b bytes, K codes and p passes (K <= 2^(8 p)): N (4 + 20 p) for the sort, 8 N + b C
-// N for the rows, 4 C K for the sums. N = 262144, K = 32768, C = 32, float32: 11.5 + 35.7 + 4.2 MB, 26 us on A100 (2.0
-// TB/s), 15 us on H100 (3.35 TB/s); C N additions in double are 8.4 M, 2 us at 4.8 T/s; a consumer part that adds and
-// converts 0.32 T/s needs 26 us for them, as long as its memory for the rows at 1 TB/s. With nine launches (eleven for
-// K > 65536). Paper arithmetic, never run on a GPU.
-// Scratch: 12 N (p = 1) or 20 N bytes a group, 4 K, and C N / 32 for the chunks.
+// 3. A thread for every (code, channel) adds its rows, neighbouring threads neighbouring channels. Up to kChunk rows of
+//    a code are so the CPU's sum to the last bit. A code with more is cut into chunks of kChunk rows, which threads of
+//    their own add first; then its chunks are added in order. However popular a code is, no thread adds more than
+//    kChunk of its rows, and its sum differs from the CPU's only by the order of additions in double.
+// No launch depends on what the rows hold: between two rows of the sorted list that kChunk divides, at most two chunks
+// of such codes begin, one of the code that lies at the first of them and one of a code that lies at the last.
+// Bytes, for N rows of C numbers of b bytes, K codes and p passes, K <= 2^(8 p): N (24 p - 4) for the sort, N (8 + b C)
+// for the rows, 4 C K for the sums. N = 262144, K = 32768, C = 32, float32: 11.5 + 35.7 + 4.2 MB, 26 us on A100
+// (2.0 TB/s), 15 us on H100 (3.35 TB/s), in ten launches with the caller's (K <= 256: seven, K > 65536: thirteen).
+// C N numbers become doubles and are added: 8.4 M, 3 us on A100. A consumer part that does both 0.32 T/s needs 26 us,
+// half of what its memory of 1 TB/s needs, and more than that where b = 2. Paper arithmetic, never run on a GPU.
+// Scratch: a group 12 N bytes (p = 1) or 20 N, 4 K, 1 KB for every 2048 rows, C N / 32 for the chunks.
 #pragma once
 #include "cuda/rows.cuh"
 

@@ -121,6 +121,18 @@ def test_pieces_are_as_wide_as_addresses_allow(dtype, width, shift, piece, core,
     assert [launch[0] for launch in core.take_launches()] == [f"lookup_kernel<{piece}>"]
 
 
+@pytest.mark.parametrize(("codes", "passes"), [(200, 1), (300, 2), (65537, 3)])
+def test_launches_do_not_depend_on_the_ids(codes, passes, core):
+    """As graphs that are captured once need."""
+    upstream, gradient, seen = normal(1500, 1, 2), torch.empty(1, codes, 2), []
+    for ids in (integers(1500, 1, high=codes), torch.zeros(1500, 1), torch.full((1500, 1), -1)):
+        core.take_launches()
+        core.lookup_backward(ids.long(), upstream, gradient, -1, 0, None)
+        seen.append(core.take_launches())
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 4 + 3 * passes
+    assert not gradient.any()
+
+
 def test_views(guarded, core):
     """Slices [1:] of ids, rows and gradients."""
     codebook, indices, upstream = normal(12, 2, 5, seed=1), integers(41, 2, high=11), normal(41, 2, 5, seed=2)
