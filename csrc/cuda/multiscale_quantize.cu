@@ -1,6 +1,29 @@
-// multiscale_quantize: residual quantization over a list of grids.
+// multiscale_quantize: residual quantization over a list of grids, two launches a scale.
 //   r = x;  each scale: rows = Down r,  ids = nearest codes,  step = phi_s(Up codes),  f += step,  r -= step
 //   loss = loss_weight * mean over scales of mean((code - y)^2), or of mean((f - x)^2) where `accumulated`
+//   prepare_kernel, pack_kernel, pool_kernel   once: bands, norms, phi; the codes as the search reads them; Down x
+//   search_kernel                              a scale: keys = lowest (score, id) of the rows, split over codes
+//   step_kernel                                a scale, a block a slice of channels: keys -> codes -> Up -> f, r ->
+//   Down finish_kernel, loss_kernel                 once: what is kept of all rows, their errors, added in a fixed
+//   order
+// With phi, which mixes channels, step_kernel ends after Up; refine_kernel steps the maps and pool_kernel pools: four a
+// scale. Launches: 2 S + 5, with phi 4 S + 4, and one where `accumulated`, for the last map's error; C > 568 one a
+// scale more. Nothing waits, no grid-wide barrier: one launch is the barrier of the next, and two buffers of keys take
+// turns, the search's own and the one that step_kernel refills. Order of operations: that of csrc/cpu, to the bit,
+// wherever the next search depends on it (resample.cuh, conv3x3.cuh, Move: f + step and r - step); rows, ids, f and
+// what is kept have the CPU's bits. The loss adds in another order, in double. Since r = x - f, the error of the
+// accumulated map is |r|^2, taken by the next step_kernel, from an r that is then stepped into a second buffer. Layout:
+// r, f [B, C, H, W] as the features; rows of scale s [B h w, C], all scales one behind the other. Counted for
+// TokenFlow-B, 9 scales, 16 x 16, C 40, K 32768, batch 16, 13072 rows:
+//   search   17.1 GFMA: 1.76 ms on A100 (19.5 TFLOP/s), 0.51 ms on H100 (67 TFLOP/s)
+//   steps    a scale: r and f read and written, 2.6 MB; rows, codes and keys at most 5 MB; all in the second-level
+//   cache
+//            (r 0.7, f 0.7, rows 2.1, panels 5.4 of its 40 or 50 MB)
+//   memory   features, codes, quantized and what is kept, 11 MB: 5.4 us on A100 (2.0 TB/s), 3.2 us on H100 (3.35 TB/s)
+//   launches 23, of which 18 in the loop: 46 us at 2 us each
+// VAR, 10 scales, 16 x 16, C 32, K 4096, batch 16, 10880 rows, phi: search 1.43 GFMA, 0.15 and 0.04 ms; phi 0.38 G
+// products and as many sums, not fused, 0.08 and 0.02 ms; 45 launches, 90 us: launches are the floor on an H100. Paper
+// arithmetic, never run on a GPU. Source: tokenflow.md 1.5 (codes), VAR's loss and phi (accumulated).
 #include "cuda/multiscale.cuh"
 #include "cuda/search.cuh"
 
@@ -94,7 +117,7 @@ static __global__ void __launch_bounds__(kThreads)
   }
   for (int cell = threadIdx.x; cell < cells; cell += kThreads) {
     const u64 key = found.keys[slice.image * cells + cell];
-    const int id = key == kNoKey ? -1 : static_cast<int>(id_of(key));
+    const int id = static_cast<int>(found_id(key));
     space.ids[cell] = id;
     if (cell / kThreads % cut.slices == slice.index) found.indices[slice.image * found.length + cell] = id < 0 ? 0 : id;
   }
@@ -143,7 +166,7 @@ static __global__ void __launch_bounds__(kThreads)
   const int64_t cells = scales.cells(s), rest = batch * cells - first;
   const int rows = static_cast<int>(rest < kFinished ? rest : kFinished);
   const float* pooled = kept.pooled + (batch * offset + first) * channels;
-  if (threadIdx.x < rows) {
+  if (static_cast<int>(threadIdx.x) < rows) {
     const int64_t n = first + threadIdx.x, at = n / cells * length + offset + n % cells;
     const float* x = pooled + threadIdx.x * channels;
     bool good = true;
@@ -217,15 +240,16 @@ static __global__ void __launch_bounds__(kThreads)
 Error multiscale_quantize(Call& call, View features, View codebook, Tables tables, View grids, View weight, View bias,
                           double ratio, bool accumulated, double loss_weight, View quantized, View indices, View loss,
                           View rows, View code_rows, View code_norms) noexcept {
-  if (!is_map(features) || !dense_on(indices, 2) || indices.type != kInt64 || indices.shape[0] != features.shape[0])
-    return "multiscale_quantize: wanted contiguous features [B, C, H, W], float64 only on the CPU, and int64 indices "
-           "[B, L]";
-  if (!dense_on(codebook, 2)) return "multiscale_quantize: codebook: wanted contiguous [K, C]";
+  if (!is_map(features))
+    return "multiscale_quantize: features: wanted contiguous [B, C, H, W] of float32, float16 or bfloat16 on CUDA";
+  if (!dense_on(indices, 2) || indices.type != kInt64 || indices.shape[0] != features.shape[0])
+    return "multiscale_quantize: indices: wanted contiguous int64 [B, L]";
   Loop loop;
   const int64_t batch = features.shape[0], channels = features.shape[1], length = indices.shape[1];
   if (const Error error = make_loop(call, batch, length, codebook, channels, tables, grids, features.shape[2],
                                     features.shape[3], weight, bias, ratio, false, 2, &loop))
     return error;
+  if (codebook.type == kNone) return "multiscale_quantize: codebook: wanted contiguous float32 [K, C]";
   const int64_t maps = batch * loop.map(), numbers = batch * length * channels;
   if (!holds_on(quantized, features.type, maps) || !holds_on(loss, kFloat32, 1) ||
       (rows.type != kNone && !holds_on(rows, kFloat32, numbers)) ||
@@ -251,7 +275,7 @@ Error multiscale_quantize(Call& call, View features, View codebook, Tables table
   if (call.counting) return nullptr;
 
   prepare(call, loop);
-  pack_codes(call, codes, nullptr, 0);
+  pack_codes(call, codes, keys[0], 0);
   const Cut cut = cut_of(loop);
   int64_t offset = 0;
   const auto next = [&](int s) {
@@ -262,8 +286,8 @@ Error multiscale_quantize(Call& call, View features, View codebook, Tables table
   launch_slices(call, loop, pool_kernel, cut, features.data, features.type, next(0));
   for (int s = 0; s < scales; ++s) {
     const int64_t cells = loop.scales.cells(s);
-    search_rows(call, codes, SearchedRows{pooled + batch * offset * channels, kFloat32, batch * cells, channels},
-                keys[s % 2]);
+    const float* pooled_rows = pooled + batch * offset * channels;
+    search_rows(call, codes, {pooled_rows, kFloat32, batch * cells, channels}, keys[s % 2]);
     const Found found = {loop.bicubic(s), keys[s % 2], data<int64_t>(indices) + offset, length};
     offset += cells;
     if (s + 1 == scales) move.total = quantized.data, move.total_type = quantized.type;
