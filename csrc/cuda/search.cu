@@ -2,17 +2,20 @@
 // (common/canonical.h): one chain of multiply-adds over the channels in order, in one accumulator a row and code.
 //   pack_kernel    codes become panels, unit or raw, with starting scores; rows that are too wide to stay in a block's
 //                  memory are staged the same way
-//   search_kernel  a block has a tile of rows and a range of panels. It makes its rows unit, weighted and negated in
-//                  shared memory, then meets them with every panel, eight rows x eight codes a thread; the next
-//                  channels are copied while it multiplies. A panel leaves the lowest score a row and thread and where
-//                  it was; which of the eight codes it was is found out once, at the end, by scoring them again. Ranges
-//                  of the same rows meet in atomicMin of (score, id).
+//   search_kernel  a block has a tile of 128 rows (32 where there is little work) and a range of panels. It makes its
+//                  rows unit, weighted and negated in shared memory, then meets them with every panel, 8 rows x 8 codes
+//                  a thread (4 x 4); the next channels are copied while it multiplies, one barrier a copy. A panel
+//                  leaves the lowest score a row and thread and where it was; which of the codes it was is found out
+//                  once, at the end, by scoring them again. Ranges of the same rows meet in atomicMin of (score, id).
+//
 // Layout: rows [C][tile + 4] in shared memory; panels [C][128], then [128] starting scores. Code 8 i + j of a panel
 // lies at 4 i + j for j < 4, at 64 + 4 i + j - 4 else: a thread's eight codes are neighbours, and its two loads of four
-// meet those of neighbouring threads on all 32 banks. Operations: N G K (C fma + 1.25 others); bytes: 4 G K (C + 1) for
-// every tile of 128 rows from the second-level cache, 4 N G C for every range from memory. N = 16384, K = 32768, C = 8
-// / 40 / 256: 4.3 / 21.5 / 137 GFMA, at least 0.44 / 2.2 / 14.1 ms on an A100, 0.13 / 0.64 / 4.1 ms on an H100. Paper
-// arithmetic, never run on a GPU.
+// meet those of neighbouring threads on all 32 banks.
+//
+// Bytes: 4 G K (C + 1) for every tile from the second-level cache, 4 N G C for every range from memory.
+// Operations: N G K C multiply-adds. Of the instructions of a large tile's loop (SASS of sm_80) FMA_SHARE.
+// N = 16384, K = 32768, C = 8 / 40 / 256: 4.3 / 21.5 / 137 GFMA, at least 0.44 / 2.2 / 14.1 ms on an A100, 0.13 / 0.64
+// / 4.1 ms on an H100. Paper arithmetic, never run on a GPU.
 #include "cuda/search.cuh"
 #include "cuda/tile.cuh"
 
@@ -25,7 +28,7 @@ constexpr int64_t kMaxShared = 99 << 10;  // bytes that a block may have on ever
 constexpr int kItems = 32;                // codes or rows that a block packs,
 constexpr int kChannels = 64;             // channels of them at a time
 
-static int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+TOKENFLOW_DEVICE static inline int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Channels in a panel or a tile; those behind the last add -0 * +0 = -0, which changes no score.
 TOKENFLOW_DEVICE static inline int padded(int64_t channels) { return static_cast<int>((channels + 7) / 8 * 8); }
@@ -121,311 +124,328 @@ static __global__ void __launch_bounds__(kTileThreads, 4) pack_kernel(Packing jo
   }
   if (tid < kItems) out[static_cast<int64_t>(lines) * job.width] = last[item];
 }
+
+// How threads share a tile and a panel: `kTall` rows x `kWide` codes each, in fours that lie half a tile apart.
+template <int kRows>
+struct Shape {
+  static constexpr int kTall = kRows == kManyRows ? 8 : 4, kWide = kTall, kFours = kWide / 4;
+  static constexpr int kAcross = kPanel / kWide / 8, kDown = kRows / kTall / 4;  // warps of 8 x 4 threads
+  static constexpr int kChunk = kRows == kManyRows ? 8 : 32;                     // channels that are copied at once
+  // Shared memory in floats: two chunks of codes, two lines of starting scores, a panel for every row of every thread,
+  // marks of rows, then rows, or two chunks of them.
+  static constexpr int kCodes = 2 * kChunk * kPanel, kRowChunk = kChunk * tile_stride(kRows);
+  static_assert(kDown * kAcross * 32 == kTileThreads, "a tile and a panel take all threads");
+  static_assert(kChunk * kRows == 4 * kTileThreads, "a chunk of rows is four numbers a thread");
+
+  static int64_t bytes(int64_t channels, int tables, bool stay) {
+    const int64_t rows = stay ? tables * kRows + int64_t{padded(channels)} * tile_stride(kRows) : kRows + 2 * kRowChunk;
+    return (kCodes + 2 * kPanel + kTall * kTileThreads + rows) * static_cast<int64_t>(sizeof(float));
+  }
+  static bool stay(int64_t channels, int tables) { return bytes(channels, tables, true) <= kMaxShared; }
+};
+
 struct Search {
   SearchedRows rows;
-  const float* row_panels;  // or none: blocks keep their rows
-  const float* panels;
-  const u64* above;  // keys that the ones to find come after
-  u64* keys;
-  int64_t groups, codes, panels_of_group, panels_of_range;
-  int channels;
   Tables tables;
+  int64_t groups;
+  int channels, codes, panel_count, share;  // panels of a group, panels that a block meets
+  const float *panels, *row_panels;         // the latter for rows that do not stay in shared memory, else null
+  u64* keys;
+  const u64* above;
 };
 
-// Eight channels of a panel, and its starting scores before the first of them.
-struct Chunk {
-  float codes[8][kPanel];
-  float starts[kPanel];
-};
-
-// What a block has of its dynamic memory: two chunks of codes, then its rows [padded C][tile + 4], or two chunks of
-// them.
-template <int kTile>
-static int64_t shared_bytes(int64_t lines) {
-  return 2 * static_cast<int64_t>(sizeof(Chunk)) + lines * tile_stride(kTile) * static_cast<int64_t>(sizeof(float));
-}
-
-// Rows of the tile, raw in `rows`, become what is searched; good[r] tells the finite ones.
-template <int kTile>
-static __device__ __forceinline__ void stage_rows(const Tables& tables, int channels, int lines, float* rows,
-                                                  float (*norms)[kTile], bool* good) {
-  const int tid = threadIdx.x;
-  if (tid < kTile) {
-    bool finite = true;
+// rows [C][tile_stride] = the tile's rows as they are searched, negated and weighted; zeros where a row is not finite,
+// which a NaN among its norms [T][kRows] marks.
+template <int kRows>
+static __device__ __forceinline__ void stage(const Search& job, int64_t group, int64_t first, float* rows,
+                                             float* norms) {
+  const int tid = threadIdx.x, row = tid % kRows, lines = padded(job.channels);
+  load_tile<kRows>(job.rows.data, job.rows.type, first * job.rows.stride + group * job.channels, job.rows.stride,
+                   job.rows.count - first, job.channels, lines, rows);
+  __syncthreads();
+  for (int t = tid / kRows; t < job.tables.count; t += kTileThreads / kRows) {
     int d = 0;
-    for (int t = 0; t < tables.count; ++t) {
-      float square = 0;
-      for (const int end = d + static_cast<int>(tables.width[t]); d < end; ++d) {
-        const float x = rows[d * tile_stride(kTile) + tid];
-        finite &= fabsf(x) <= FLT_MAX;
-        square = fmaf(x, x, square);
-      }
-      const float norm = sqrtf(square);
-      norms[t][tid] = norm > 1e-12f ? norm : 1e-12f;
+    for (int before = 0; before < t; ++before) d += static_cast<int>(job.tables.width[before]);
+    float square = 0;
+    bool good = true;
+    for (const int end = d + static_cast<int>(job.tables.width[t]); d < end; ++d) {
+      const float x = rows[d * tile_stride(kRows) + row];
+      good &= fabsf(x) <= FLT_MAX;
+      square = fmaf(x, x, square);
     }
-    good[tid] = finite;
+    const float norm = sqrtf(square);
+    norms[t * kRows + row] = good ? norm > 1e-12f ? norm : 1e-12f : NAN;
   }
   __syncthreads();
-  const int r = tid % kTile;
-  int t = 0, end = static_cast<int>(tables.width[0]);
-  for (int d = tid / kTile; d < lines; d += kTileThreads / kTile) {
-    while (d >= end && t + 1 < tables.count) end += static_cast<int>(tables.width[++t]);
-    float x = rows[d * tile_stride(kTile) + r];
-    if (tables.unit) x /= norms[t][r];
-    x = good[r] ? -(static_cast<float>(tables.weight[t]) * x) : 0;
-    rows[d * tile_stride(kTile) + r] = d < channels ? x : -0.0f;
+  bool good = true;
+  for (int t = 0; t < job.tables.count; ++t) good &= norms[t * kRows + row] == norms[t * kRows + row];
+  int t = 0, end = static_cast<int>(job.tables.width[0]);
+  for (int d = tid / kRows; d < lines; d += kTileThreads / kRows) {
+    while (d >= end && t + 1 < job.tables.count) end += static_cast<int>(job.tables.width[++t]);
+    float* const x = rows + d * tile_stride(kRows) + row;
+    const float y = job.tables.unit ? *x / norms[t * kRows + row] : *x;
+    *x = d >= job.channels ? -0.0f : good ? -(static_cast<float>(job.tables.weight[t]) * y) : 0;
   }
 }
 
-// The canonical score of code `place` of a panel for row r of the block.
-static __device__ __forceinline__ float score_again(const float* rows, int stride, const float* panel, int lines,
-                                                    int place) {
-  float score = panel[lines * kPanel + place];
-  for (int d = 0; d < lines; ++d) score = fmaf(rows[d * stride], panel[d * kPanel + place], score);
-  return score;
+static __device__ __forceinline__ void load_four(const float* from, float* to) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  to[0] = four.x;
+  to[1] = four.y;
+  to[2] = four.z;
+  to[3] = four.w;
 }
 
-// kRows x kCodes scores a thread; 256 threads make a tile of rows and one panel. kAbove: keys after a floor.
-template <int kRows, int kCodes, bool kAbove>
+// score += rows x codes over eight channels; the first eight begin with the codes' starting scores.
+template <bool kFirst, int kRows, int kTall, int kWide>
+static __device__ __forceinline__ void multiply(const float* rows, const float* codes, const float* starts,
+                                                float (&score)[kTall][kWide]) {
+  float start[kWide];
+#pragma unroll
+  for (int k = 0; kFirst && k < kWide; k += 4) load_four(starts + k / 4 * (kPanel / 2), start + k);
+#pragma unroll
+  for (int d = 0; d < 8; ++d) {
+    float x[kTall], c[kWide];
+#pragma unroll
+    for (int r = 0; r < kTall; r += 4) load_four(rows + d * tile_stride(kRows) + r / 4 * (kRows / 2), x + r);
+#pragma unroll
+    for (int k = 0; k < kWide; k += 4) load_four(codes + d * kPanel + k / 4 * (kPanel / 2), c + k);
+#pragma unroll
+    for (int r = 0; r < kTall; ++r) {
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) score[r][k] = fmaf(x[r], c[k], kFirst && d == 0 ? start[k] : score[r][k]);
+    }
+  }
+}
+
+static __device__ __forceinline__ u64 lower_of(u64 a, u64 b) { return b < a ? b : a; }
+
+// The lowest key above the floor of codes id .. id + 3 of a group, which are neighbours in their panel; the row has a
+// number every `stride`.
+static __device__ __forceinline__ u64 best_of_four(const Search& job, const float* panels, const float* row, int stride,
+                                                   int id, u64 floor) {
+  const int lines = padded(job.channels);
+  const float* code = panels + static_cast<int64_t>(id / kPanel) * (lines + 1) * kPanel + place_of(id % kPanel);
+  float score[4], c[4];
+  load_four(code + static_cast<int64_t>(lines) * kPanel, score);
+  for (int d = 0; d < job.channels; ++d, code += kPanel, row += stride) {
+    load_four(code, c);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) score[k] = fmaf(*row, c[k], score[k]);
+  }
+  u64 lowest = kNoKey;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const u64 key = key_of(score[k], static_cast<unsigned>(id + k));
+    if (id + k < job.codes && key > floor) lowest = lower_of(lowest, key);
+  }
+  return lowest;
+}
+
+template <int kRows, bool kStay>
 static __global__ void __launch_bounds__(kTileThreads, 2) search_kernel(Search job) {
-  constexpr int kGroups = kPanel / kCodes, kTile = kTileThreads / kGroups * kRows, kStride = tile_stride(kTile);
-  DYNAMIC_SHARED(Chunk, chunks);
-  SHARED(float, norms, [kMaxTables][kTile]);
-  SHARED(bool, good, [kTile]);
-  float* const rows = reinterpret_cast<float*>(chunks + 2);
-  const int tid = threadIdx.x, cg = tid % kGroups, rg = tid / kGroups;
-  const int lines = padded(job.channels), chunks_of_panel = lines / 8;
-  const int64_t g = blockIdx.y, first_row = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int64_t first_panel = blockIdx.z * job.panels_of_range;
-  const int64_t left_panels = job.panels_of_group - first_panel;
-  const int panels = static_cast<int>(left_panels < job.panels_of_range ? left_panels : job.panels_of_range);
-  const int64_t panel_numbers = static_cast<int64_t>(lines + 1) * kPanel;
-  const float* const codes = job.panels + (g * job.panels_of_group + first_panel) * panel_numbers;
-  const float* staged = nullptr;  // this tile of the row panels
-  if (job.row_panels) staged = job.row_panels + (g * gridDim.x + blockIdx.x) * static_cast<int64_t>(lines + 1) * kTile;
+  using S = Shape<kRows>;
+  DYNAMIC_SHARED(float, codes);
+  float* const starts = codes + S::kCodes;
+  int* const where = reinterpret_cast<int*>(starts + 2 * kPanel);  // [kTall][threads]: the panels of their best scores
+  float* const norms = starts + 2 * kPanel + S::kTall * kTileThreads;
+  const int marks = kStay ? job.tables.count : 1, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  float* const rows = norms + marks * kRows;
+  const int across = warp % S::kAcross * 8 + lane % 8, down = warp / S::kAcross * 4 + lane / 8;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows, group = blockIdx.z;
+  const int lines = padded(job.channels), from = static_cast<int>(blockIdx.y) * job.share;
+  const int to = from + job.share < job.panel_count ? from + job.share : job.panel_count;
+  const int64_t panel_size = static_cast<int64_t>(lines + 1) * kPanel;
+  const float* const panels = job.panels + group * job.panel_count * panel_size;
+  const float* const row_panel =
+      kStay ? nullptr : job.row_panels + (group * gridDim.x + blockIdx.x) * static_cast<int64_t>(lines + 1) * kRows;
 
-  // The next chunk of the codes: panels lie one behind the other, a line of starting scores after each.
-  const float* next = codes + tid * 4;
-  int chunk_to_copy = 0, buffer = 0;
-  const auto copy = [&] {
-    const int chunk = chunk_to_copy;
-    cp_async16(&chunks[buffer].codes[tid / 32][tid % 32 * 4], next);
-    if (chunk == 0 && tid < kPanel / 4) cp_async16(&chunks[buffer].starts[tid * 4], next + lines * kPanel);
-    if (staged && tid < 2 * kTile)
-      for (int i = tid; i < 2 * kTile; i += kTileThreads)
-        cp_async16(rows + (buffer * 8 + i / (kTile / 4)) * kStride + i % (kTile / 4) * 4,
-                   staged + chunk * 8 * kTile + i * 4);
+  // Channels at, at + 1, .. of the next panel, which lies behind the last one.
+  const float* next = panels + from * panel_size + 4 * tid;
+  const auto copy = [&](int at, int into) {
+    const int n = S::kChunk == 8 || lines - at >= S::kChunk ? S::kChunk : lines - at;
+    if (at == 0 && tid < kPanel / 4) cp_async16(starts + into * kPanel + 4 * tid, next + lines * kPanel);
+#pragma unroll
+    for (int d = 0; d < S::kChunk; d += 8, next += 8 * kPanel) {
+      if (d == n) break;
+      cp_async16(codes + (into * S::kChunk + d) * kPanel + 4 * tid, next);
+    }
+    if (at + n == lines) next += kPanel;
+    if (!kStay && tid / (kRows / 4) < n)  // a chunk of rows has four numbers for every thread
+      cp_async16(rows + into * S::kRowChunk + tid / (kRows / 4) * tile_stride(kRows) + tid % (kRows / 4) * 4,
+                 row_panel + at * kRows + 4 * tid);
     cp_async_commit();
-    const bool ends = ++chunk_to_copy == chunks_of_panel;
-    chunk_to_copy = ends ? 0 : chunk_to_copy;
-    next += ends ? 9 * kPanel : 8 * kPanel;
-    buffer ^= 1;
   };
-
-  copy();
-  if (staged) {
-    if (tid < kTile) good[tid] = staged[lines * kTile + tid] == 0;
-  } else {
-    load_tile<kTile>(job.rows.data, job.rows.type, first_row * job.rows.stride + g * job.channels, job.rows.stride,
-                     job.rows.count - first_row, job.channels, lines, rows);
-    __syncthreads();
-    stage_rows<kTile>(job.tables, job.channels, lines, rows, norms, good);
+  copy(0, 0);
+  if (kStay) {
+    stage<kRows>(job, group, first, rows, norms);
+  } else if (tid < kRows) {
+    norms[tid] = row_panel[static_cast<int64_t>(lines) * kRows + tid];
   }
 
-  // The panel of a thread's best score is written when that falls, seldom: it need not take a register.
-  SHARED(int, where, [kRows][kTileThreads]);
-  float acc[kRows][kCodes], best[kRows];
-  u64 floors[kAbove ? kRows : 1], lowest[kAbove ? kRows : 1];
+  // The first of the thread's codes in a panel, and its rows in the tile.
+  const int code = across % 16 * 8 + across / 16 * 4;
+  const auto row_of = [&](int r) { return 4 * down + r / 4 * (kRows / 2) + r % 4; };
+  float best[S::kTall];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    best[r] = INFINITY;
-    where[r][tid] = -1;
-    const int64_t n = first_row + rg * kRows + r;
-    if (kAbove) {
-      floors[r] = n < job.rows.count ? job.above[n * job.groups + g] : kNoKey;
-      lowest[r] = kNoKey;
-    }
-  }
-  // The first of the thread's codes inside a panel: eight neighbours, or four of them.
-  const int first_code = kCodes == 8 ? cg * 8 : cg % 16 * 8 + cg / 16 * 4;
-  for (int panel = 0, at = 0; panel < panels;) {
-    const bool last = panel == panels - 1 && at == chunks_of_panel - 1;
-    if (!last) copy();
-    if (last) {
+  for (int r = 0; r < S::kTall; ++r) best[r] = INFINITY;
+  int held = 0;
+  for (int panel = from; panel < to; ++panel) {
+    float score[S::kTall][S::kWide];
+    for (int at = 0; at < lines; at += S::kChunk, held ^= 1) {
       cp_async_wait<0>();
-    } else {
-      cp_async_wait<1>();
+      __syncthreads();
+      const bool ends = at + S::kChunk >= lines;
+      if (!ends || panel + 1 < to) copy(ends ? 0 : at + S::kChunk, held ^ 1);
+      const float* c = codes + held * S::kChunk * kPanel + 4 * across;
+      const float* x = rows + 4 * down + (kStay ? at * tile_stride(kRows) : held * S::kRowChunk);
+      int d = 0;
+      if (at == 0) {
+        multiply<true, kRows>(x, c, starts + held * kPanel + 4 * across, score);
+        d = 8;
+      }
+      for (; d < S::kChunk && (S::kChunk == 8 || at + d < lines); d += 8)
+        multiply<false, kRows>(x + d * tile_stride(kRows), c + d * kPanel, nullptr, score);
     }
-    __syncthreads();
-    const int now = last ? buffer ^ 1 : buffer;
-    const Chunk& chunk = chunks[now];
-    if (at == 0) {
+    if (kRows == kFewRows && job.above) {  // a large tile has no registers for floors
 #pragma unroll
-      for (int h = 0; h < kCodes / 4; ++h) {
-        const float4 start = *reinterpret_cast<const float4*>(&chunk.starts[h * 64 + cg * 4]);
+      for (int r = 0; r < S::kTall; ++r) {
+        const int64_t n = first + row_of(r);
+        const u64 floor = n < job.rows.count ? job.above[n * job.groups + group] : 0;
+        const float floor_score = score_of(floor);
+        const int after = static_cast<int>(id_of(floor)) - (panel * kPanel + code);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          acc[r][h * 4] = start.x;
-          acc[r][h * 4 + 1] = start.y;
-          acc[r][h * 4 + 2] = start.z;
-          acc[r][h * 4 + 3] = start.w;
-        }
+        for (int k = 0; k < S::kWide; ++k)
+          if (!(score[r][k] > floor_score || (score[r][k] == floor_score && k > after))) score[r][k] = INFINITY;
       }
     }
-    const float* line = rows + (staged ? now : at) * 8 * kStride + rg * kRows;
 #pragma unroll
-    for (int d = 0; d < 8; ++d) {
-      float x[kRows], c[kCodes];
+    for (int r = 0; r < S::kTall; ++r) {
+      float low = score[r][0];
 #pragma unroll
-      for (int i = 0; i < kRows; i += 4)
-        *reinterpret_cast<float4*>(x + i) = *reinterpret_cast<const float4*>(line + d * kStride + i);
-#pragma unroll
-      for (int i = 0; i < kCodes; i += 4)
-        *reinterpret_cast<float4*>(c + i) = *reinterpret_cast<const float4*>(&chunk.codes[d][i * 16 + cg * 4]);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-#pragma unroll
-        for (int i = 0; i < kCodes; ++i) acc[r][i] = fmaf(x[r], c[i], acc[r][i]);
+      for (int k = 1; k < S::kWide; ++k) low = fminf(low, score[r][k]);  // the number, where one is NaN
+      if (low < best[r]) best[r] = low, where[r * kTileThreads + tid] = panel;
     }
-    if (at == chunks_of_panel - 1) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (kAbove) {
-          const int64_t code = (first_panel + panel) * kPanel + first_code;
-#pragma unroll
-          for (int i = 0; i < kCodes; ++i) {
-            const u64 key = key_of(acc[r][i], static_cast<unsigned>(code + i));
-            if (code + i < job.codes && key > floors[r] && key < lowest[r]) lowest[r] = key;
-          }
-        } else {
-          float low = acc[r][0];
-#pragma unroll
-          for (int i = 1; i < kCodes; ++i) low = fminf(acc[r][i], low);
-          if (low < best[r]) best[r] = low, where[r][tid] = panel;
-        }
-      }
-    }
-    __syncthreads();
-    at = at == chunks_of_panel - 1 ? 0 : at + 1;
-    panel += at == 0;
   }
 
+  // The best of each row: the lowest first code of the threads that share it, then the very code.
+  __syncthreads();
+  u64* const found = reinterpret_cast<u64*>(codes);  // [kAcross][kRows]
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t n = first_row + rg * kRows + r;
+  for (int r = 0; r < S::kTall; ++r) {
     u64 key = kNoKey;
-    if (kAbove) {
-      key = lowest[r];
-    } else if (where[r][tid] >= 0) {
-      key = key_of(best[r], static_cast<unsigned>((first_panel + where[r][tid]) * kPanel + first_code));
-    }
-#pragma unroll
-    for (int lane = kGroups / 2; lane > 0; lane /= 2) {
-      const u64 other = __shfl_xor_sync(0xffffffffu, key, lane);
-      key = other < key ? other : key;
-    }
-    if (!kAbove) {
-      // One run of kCodes codes has the best score, or none has one below +inf: then every code is looked at.
-      const int64_t from = key == kNoKey ? first_panel * kPanel : id_of(key);
-      const int64_t left = job.codes - from;
-      const int64_t count = key == kNoKey ? (left < panels * kPanel ? left : panels * kPanel) : kCodes;
-      key = kNoKey;
-      for (int64_t i = cg; i < count; i += kGroups) {
-        const int64_t code = from + i;
-        const float* panel = codes + (code / kPanel - first_panel) * panel_numbers;
-        const float* row = staged ? staged + rg * kRows + r : rows + rg * kRows + r;
-        const float score = score_again(row, staged ? kTile : kStride, panel, lines, place_of(code % kPanel));
-        const u64 here = key_of(score, static_cast<unsigned>(code));
-        if (code < job.codes && here < key) key = here;
-      }
-#pragma unroll
-      for (int lane = kGroups / 2; lane > 0; lane /= 2) {
-        const u64 other = __shfl_xor_sync(0xffffffffu, key, lane);
-        key = other < key ? other : key;
-      }
-    }
-    if (cg == 0 && n < job.rows.count && good[rg * kRows + r] && key != kNoKey)
-      atomicMin(&job.keys[n * job.groups + g], key);
+    if (best[r] < INFINITY) key = key_of(best[r], static_cast<unsigned>(where[r * kTileThreads + tid] * kPanel + code));
+    for (int step = 1; step < 8; step *= 2) key = lower_of(key, __shfl_xor_sync(~0u, key, step));
+    if (lane % 8 == 0) found[warp % S::kAcross * kRows + row_of(r)] = key;
   }
-}
-
-template <int kRows, int kCodes, bool kAbove>
-static void search_tiles(Call& call, Search job) {
-  constexpr int kTile = kTileThreads / (kPanel / kCodes) * kRows;
-  const int64_t tiles = pieces_of(job.rows.count, kTile), lines = padded(job.channels);
-  // Two blocks a multiprocessor are wanted; a range has four panels at least, as its rows have to be staged for it.
-  const int64_t wanted = pieces_of(2 * multiprocessors(call), tiles * job.groups > 0 ? tiles * job.groups : 1);
-  const int64_t most = pieces_of(job.panels_of_group, 4);
-  job.panels_of_range = pieces_of(job.panels_of_group, wanted < most ? wanted : most);
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(job.groups),
-                  static_cast<unsigned>(pieces_of(job.panels_of_group, job.panels_of_range)));
-  const size_t shared = shared_bytes<kTile>(job.row_panels ? 16 : lines);
-  launch(call, search_kernel<kRows, kCodes, kAbove>, grid, dim3(kTileThreads), shared, job);
-}
-
-// Rows in all tables' norms beside what shared_bytes counts.
-static bool rows_stay(int tile, int64_t channels) {
-  const int64_t fixed = (kMaxTables * 4 + 1) * tile + 32 * kTileThreads;
-  return (tile == kFewRows ? shared_bytes<kFewRows>(padded(channels)) : shared_bytes<kManyRows>(padded(channels))) +
-             fixed <=
-         kMaxShared;
-}
-
-static bool few(int64_t rows, int64_t channels) { return rows <= 4 * kFewRows || !rows_stay(kManyRows, channels); }
-
-static int64_t panel_numbers(const Searched& codes, int64_t count, int width) {
-  return codes.groups * pieces_of(count, width) * (padded(codes.channels) + 1) * width;
+  __syncthreads();
+  const int row = tid / S::kFours, stride = kStay ? tile_stride(kRows) : kRows;
+  const float* const staged = kStay ? rows : row_panel;
+  bool mine = row < kRows && first + row < job.rows.count;
+  for (int m = 0; mine && m < marks; ++m) mine = norms[m * kRows + row] == norms[m * kRows + row];
+  const int64_t out = (first + row) * job.groups + group;
+  const u64 floor = mine && job.above ? job.above[out] : 0;
+  u64 key = kNoKey;
+  for (int w = 0; mine && w < S::kAcross; ++w) key = lower_of(key, found[w * kRows + row]);
+  const bool any = key != kNoKey;
+  if (any)
+    key = best_of_four(job, panels, staged + row, stride, static_cast<int>(id_of(key)) + tid % S::kFours * 4, floor);
+  if (S::kFours == 2) key = lower_of(key, __shfl_xor_sync(~0u, key, 1));
+  if (any && tid % S::kFours == 0) {
+    atomicMin(job.keys + out, key);
+  }
+  // Where no score is below +inf, the codes of +inf, then those of NaN: a warp goes through them.
+  const int end = to * kPanel < job.codes ? to * kPanel : job.codes;
+  for (unsigned rest = __ballot_sync(~0u, mine && !any && tid % S::kFours == 0); rest; rest &= rest - 1) {
+    const int owner = __ffs(static_cast<int>(rest)) - 1;
+    const u64 its_floor = __shfl_sync(~0u, floor, owner);
+    const float* const its_row = staged + (warp * 32 + owner) / S::kFours;
+    u64 lowest = kNoKey;
+    for (int id = from * kPanel + 4 * lane; id < end; id += kPanel)
+      lowest = lower_of(lowest, best_of_four(job, panels, its_row, stride, id, its_floor));
+    for (int step = 1; step < 32; step *= 2) lowest = lower_of(lowest, __shfl_xor_sync(~0u, lowest, step));
+    if (lane == owner && lowest != kNoKey) {
+      atomicMin(job.keys + out, lowest);
+    }
+  }
 }
 
 Searched take_codes(Call& call, const View& codebook, const Tables& tables, int64_t lo, int64_t hi, int64_t max_rows) {
-  const int64_t all = codebook.shape[codebook.rank - 2], channels = codebook.shape[codebook.rank - 1];
-  Searched codes = {static_cast<const float*>(codebook.data) + lo * channels,
+  const View all = with_groups(codebook);
+  const int64_t groups = all.shape[0], channels = all.shape[2], lines = padded(channels) + 1;
+  Searched codes = {static_cast<const float*>(all.data) + lo * channels,
                     hi - lo,
-                    all * channels,
-                    codebook.rank == 3 ? codebook.shape[0] : 1,
+                    all.shape[1] * channels,
+                    groups,
                     channels,
                     tables,
-                    nullptr,
+                    take<float>(call, groups * pieces_of(hi - lo, kPanel) * kPanel * lines),
                     nullptr,
                     max_rows};
-  codes.panels = take<float>(call, panel_numbers(codes, hi - lo, kPanel));
-  if (!rows_stay(kFewRows, channels)) codes.row_panels = take<float>(call, panel_numbers(codes, max_rows, kFewRows));
+  if (!Shape<kManyRows>::stay(channels, tables.count))
+    codes.row_panels = take<float>(call, groups * pieces_of(max_rows, kManyRows) * kManyRows * lines);
   return codes;
+}
+
+static void pack(Call& call, const Packing& job, int64_t groups) {
+  const int64_t blocks = groups * pieces_of(job.items.count, job.width) * (job.width / kItems);
+  launch(call, pack_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), 0, job);
 }
 
 void pack_codes(Call& call, const Searched& codes, u64* keys, int64_t count) {
   const Items items = {codes.codebook, kFloat32, codes.codes, codes.channels, codes.between, codes.channels};
-  const int64_t blocks = codes.groups * pieces_of(codes.codes, kPanel) * (kPanel / kItems);
-  launch(call, pack_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), 0,
-         Packing{items, codes.tables, kPanel, false, codes.panels, keys, count});
+  pack(call, {items, codes.tables, kPanel, false, codes.panels, keys, count}, codes.groups);
+}
+
+// How many panels a block meets: so many blocks share those of a tile that the waves of blocks, two on a
+// multiprocessor, are few and full. Making its rows costs a block about two panels.
+static int64_t share_of(const Call& call, int64_t tiles, int64_t panels) {
+  const int64_t at_once = 2 * multiprocessors(call);
+  int64_t best = panels, cost = pieces_of(tiles, at_once) * (panels + 2);
+  for (int64_t waves = 1; waves <= 4; ++waves) {
+    const int64_t parts = waves * at_once / tiles;
+    if (parts < 2) continue;
+    const int64_t share = pieces_of(panels, parts < panels ? parts : panels);
+    const int64_t its_cost = pieces_of(tiles * pieces_of(panels, share), at_once) * (share + 2);
+    if (its_cost < cost) best = share, cost = its_cost;
+  }
+  return best;
+}
+
+template <int kRows>
+static void search(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys, const u64* above) {
+  const int64_t tiles = pieces_of(rows.count, kRows), panels = pieces_of(codes.codes, kPanel);
+  const bool stay = Shape<kRows>::stay(codes.channels, codes.tables.count);
+  if (!stay) {
+    const Items items = {rows.data, rows.type, rows.count, rows.stride, codes.channels, codes.channels};
+    pack(call, {items, codes.tables, kRows, true, codes.row_panels, nullptr, 0}, codes.groups);
+  }
+  const int64_t share = share_of(call, tiles * codes.groups, panels);
+  const Search job = {rows,
+                      codes.tables,
+                      codes.groups,
+                      static_cast<int>(codes.channels),
+                      static_cast<int>(codes.codes),
+                      static_cast<int>(panels),
+                      static_cast<int>(share),
+                      codes.panels,
+                      stay ? nullptr : codes.row_panels,
+                      keys,
+                      above};
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(pieces_of(panels, share)),
+                  static_cast<unsigned>(codes.groups));
+  launch(call, stay ? search_kernel<kRows, true> : search_kernel<kRows, false>, grid, dim3(kTileThreads),
+         static_cast<size_t>(Shape<kRows>::bytes(codes.channels, codes.tables.count, stay)), job);
 }
 
 void search_rows(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys, const u64* above) {
   if (rows.count == 0) return;
-  const bool wide = !rows_stay(kFewRows, codes.channels);
-  if (wide) {
-    const Items items = {rows.data, rows.type, rows.count, rows.stride, codes.channels, codes.channels};
-    const int64_t blocks = codes.groups * pieces_of(rows.count, kFewRows);
-    launch(call, pack_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), 0,
-           Packing{items, codes.tables, kFewRows, true, codes.row_panels, nullptr, 0});
-  }
-  const Search job = {rows,
-                      wide ? codes.row_panels : nullptr,
-                      codes.panels,
-                      above,
-                      keys,
-                      codes.groups,
-                      codes.codes,
-                      pieces_of(codes.codes, kPanel),
-                      0,
-                      static_cast<int>(codes.channels),
-                      codes.tables};
-  if (above)
-    search_tiles<4, 4, true>(call, job);
-  else if (few(rows.count, codes.channels))
-    search_tiles<4, 4, false>(call, job);
+  // Small tiles for few rows, for so little work that large ones would leave multiprocessors idle, and above floors.
+  const int64_t blocks = codes.groups * pieces_of(rows.count, kManyRows) * pieces_of(codes.codes, kPanel);
+  if (rows.count <= kFewRows || blocks < multiprocessors(call) || above)
+    search<kFewRows>(call, codes, rows, keys, above);
   else
-    search_tiles<8, 8, false>(call, job);
+    search<kManyRows>(call, codes, rows, keys, above);
 }
 
 TOKENFLOW_END
