@@ -39,9 +39,9 @@ Searched take_codes(Call& call, const View& codebook, const Tables& tables, int6
 // One launch. Also fills keys[0, count) with kNoKey, which every score beats.
 void pack_codes(Call& call, const Searched& codes, u64* keys, int64_t count);
 
-// One launch (two where C > 568, whose rows are staged first). keys[n G + g] becomes the lowest of it and of the scores
-// above the floor `above`[n G + g], where one is given: the next best after that key. A row that is not finite leaves
-// its key as it was.
+// One launch (two where C > 152 or so: rows too wide for a block's memory are staged first). keys[n G + g] becomes the
+// lowest of it and of the scores above the floor `above`[n G + g], where one is given: the next best after that key. A
+// row that is not finite leaves its key as it was.
 void search_rows(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys, const u64* above = nullptr);
 
 // What a consumer reads: the id in its window, or -1 where the row has NaN or inf and takes the lowest id, NaN and no

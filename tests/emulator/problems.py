@@ -23,6 +23,10 @@ def search() -> None:
             ops.nearest_code(x, codebook, metric=metric, return_scores=True)
             if k > 100:
                 ops.nearest_code(x, codebook, metric=metric, topk=7, window=(3, k - 2), return_scores=True)
+    for n, k, width in ((70, 500, 160), (3, 140, 450)):  # rows too wide for a block's memory, in tiles of both sizes
+        ops.nearest_code(rows(n, width, seed=3, dtype=torch.float32), table(k, width, seed=4))
+    # No score is below +inf, in several ranges of codes.
+    ops.nearest_code(rows(3, 4, seed=5, dtype=torch.float32), torch.full((300, 4), torch.nan), topk=2)
     for dtype in FLOATS:
         x, codebook = rows(37, 2, 9, seed=1, dtype=dtype), table(2, 131, 9, seed=2)
         ops.nearest_code(x, codebook)
