@@ -1,29 +1,32 @@
 // multiscale_quantize: residual quantization over a list of grids, two launches a scale.
 //   r = x;  each scale: rows = Down r,  ids = nearest codes,  step = phi_s(Up codes),  f += step,  r -= step
 //   loss = loss_weight * mean over scales of mean((code - y)^2), or of mean((f - x)^2) where `accumulated`
-//   prepare_kernel, pack_kernel, pool_kernel   once: bands, norms, phi; the codes as the search reads them; Down x
-//   search_kernel                              a scale: keys = lowest (score, id) of the rows, split over codes
-//   step_kernel                                a scale, a block a slice of channels: keys -> codes -> Up -> f, r ->
-//   Down finish_kernel, loss_kernel                 once: what is kept of all rows, their errors, added in a fixed
-//   order
+//
+//   once     prepare_kernel: bands, norms, phi;  pack_kernel: the codes as the search reads them;  pool_kernel: Down x
+//   a scale  search_kernel: keys = lowest (score, id) of the rows, split over codes
+//            step_kernel: a block a slice of channels: keys -> codes -> Up -> f and r -> Down
+//   once     finish_kernel, loss_kernel: what is kept of all rows; their errors, added in a fixed order
+//
 // With phi, which mixes channels, step_kernel ends after Up; refine_kernel steps the maps and pool_kernel pools: four a
-// scale. Launches: 2 S + 5, with phi 4 S + 4, and one where `accumulated`, for the last map's error; C > 568 one a
-// scale more. Nothing waits, no grid-wide barrier: one launch is the barrier of the next, and two buffers of keys take
-// turns, the search's own and the one that step_kernel refills. Order of operations: that of csrc/cpu, to the bit,
-// wherever the next search depends on it (resample.cuh, conv3x3.cuh, Move: f + step and r - step); rows, ids, f and
-// what is kept have the CPU's bits. The loss adds in another order, in double. Since r = x - f, the error of the
-// accumulated map is |r|^2, taken by the next step_kernel, from an r that is then stepped into a second buffer. Layout:
-// r, f [B, C, H, W] as the features; rows of scale s [B h w, C], all scales one behind the other. Counted for
+// scale. Launches: 2 S + 5, with phi 4 S + 4, one more where `accumulated`, for the last map's error, and one more a
+// scale where rows are staged for the search. Nothing waits, no grid-wide barrier: one launch is the barrier of the
+// next, and two buffers of keys take turns, the search's own and the one that step_kernel refills.
+//
+// Order of operations: the CPU's, to the bit, wherever the next search depends on it (resample.cuh, conv3x3.cuh, Move:
+// f + step and r - step): rows, ids, f and what is kept have the CPU's bits. The loss adds in another order, in double.
+// Since r = x - f, the error of the accumulated map is |r|^2, taken by the next step_kernel, from an r that is then
+// stepped into a second buffer.
+//
+// Layout: r, f [B, C, H, W] as the features; rows of scale s [B h w, C], all scales one behind the other.
+//
 // TokenFlow-B, 9 scales, 16 x 16, C 40, K 32768, batch 16, 13072 rows:
-//   search   17.1 GFMA: 1.76 ms on A100 (19.5 TFLOP/s), 0.51 ms on H100 (67 TFLOP/s)
-//   steps    a scale: r and f read and written, 2.6 MB; rows, codes and keys at most 5 MB; all in the second-level
-//   cache
-//            (r 0.7, f 0.7, rows 2.1, panels 5.4 of its 40 or 50 MB)
-//   memory   features, codes, quantized and what is kept, 11 MB: 5.4 us on A100 (2.0 TB/s), 3.2 us on H100 (3.35 TB/s)
-//   launches 23, of which 18 in the loop: 46 us at 2 us each
+//   search    17.1 GFMA: 1.76 ms on A100 (19.5 TFLOP/s), 0.51 ms on H100 (67 TFLOP/s)
+//   steps     a scale 2.6 MB of r and f, at most 5 MB of rows, codes and keys, all in the second-level cache
+//   memory    11 MB of features, codes, results: 5.4 us on A100 (2.0 TB/s), 3.2 us on H100 (3.35 TB/s)
+//   launches  23, of which 18 in the loop: 46 us at 2 us each
 // VAR, 10 scales, 16 x 16, C 32, K 4096, batch 16, 10880 rows, phi: search 1.43 GFMA, 0.15 and 0.04 ms; phi 0.38 G
-// products and as many sums, not fused, 0.08 and 0.02 ms; 45 launches, 90 us: launches are the floor on an H100. Paper
-// arithmetic, never run on a GPU. Source: tokenflow.md 1.5 (codes), VAR's loss and phi (accumulated).
+// products and as many sums, not fused, 0.08 and 0.02 ms; 45 launches, 90 us: launches are the floor on an H100.
+// Paper arithmetic, never run on a GPU. Source: tokenflow.md 1.5 (codes), VAR's loss and phi (accumulated).
 #include "cuda/multiscale.cuh"
 #include "cuda/search.cuh"
 

@@ -1,13 +1,15 @@
 // multiscale_rows: rows_s = Down r_s, the pooled residual that each id was searched for, when the ids are given.
 //   r_1 = x,  r_{s+1} = r_s - phi_s(Up codes_s);   dx = sum_s Down_s^T drows_s
+//
 // Forward: prepare_kernel, pool_kernel (Down x), then a launch a scale of step_kernel, a block a slice of channels: ids
-// -> codes -> Up -> r -> the next scale's rows; with phi refine_kernel and pool_kernel follow it: S + 2 launches, with
+// -> codes -> Up -> r -> the next scale's rows; with phi refine_kernel and pool_kernel follow it. S + 2 launches, with
 // phi 3 S. A row that is not finite in any channel is NaN in all: the slice that finds it marks the row, and the next
-// launch lets every slice know. Backward: one launch, a block a slice, all scales in turn, sums in the order of the
-// CPU's. Order of operations and layout: multiscale_quantize.cu; all outputs have the CPU's bits. Bytes a scale: 8 C H
-// W (r, in the second-level cache), 8 C h w (rows, codes). TokenFlow-B, 9 scales, batch 16: 16 MB in the cache, 8 MB to
-// and from memory, 4 us on A100 (2.0 TB/s), 2.4 us on H100 (3.35 TB/s); 11 launches, 22 us at 2 us each, are the floor.
-// Backward: 8 C bytes a row and 4 C H W: 2.8 MB. Paper arithmetic, never run on a GPU.
+// launch lets every slice know. Backward: one launch, a block a slice, all scales in turn, sums in the CPU's order.
+// Order of operations and layout: multiscale_quantize.cu; all outputs have the CPU's bits.
+//
+// Bytes a scale: 8 C H W (r, in the second-level cache) and 8 C h w (rows, codes). TokenFlow-B, 9 scales, batch 16: 16
+// MB in the cache, 8 MB to and from memory, 4 us on A100 (2.0 TB/s), 2.4 us on H100 (3.35 TB/s); 11 launches, 22 us at
+// 2 us each, are the floor. Backward: 8 C bytes a row and 4 C H W: 2.8 MB. Paper arithmetic, never run on a GPU.
 #include "cuda/multiscale.cuh"
 
 TOKENFLOW_BEGIN

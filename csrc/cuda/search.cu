@@ -1,129 +1,24 @@
 // The nearest-code search (search.cuh): keys[n, g] = min over k of (score(x[n, g], c[g, k]), k), canonical scores
 // (common/canonical.h): one chain of multiply-adds over the channels in order, in one accumulator a row and code.
-//   pack_kernel    codes become panels, unit or raw, with starting scores; rows that are too wide to stay in a block's
-//                  memory are staged the same way
-//   search_kernel  a block has a tile of 128 rows (32 where there is little work) and a range of panels. It makes its
-//                  rows unit, weighted and negated in shared memory, then meets them with every panel, 8 rows x 8 codes
-//                  a thread (4 x 4); the next channels are copied while it multiplies, one barrier a copy. A panel
-//                  leaves the lowest score a row and thread and where it was; which of the codes it was is found out
-//                  once, at the end, by scoring them again. Ranges of the same rows meet in atomicMin of (score, id).
-//
-// Layout: rows [C][tile + 4] in shared memory; panels [C][128], then [128] starting scores. Code 8 i + j of a panel
-// lies at 4 i + j for j < 4, at 64 + 4 i + j - 4 else: a thread's eight codes are neighbours, and its two loads of four
-// meet those of neighbouring threads on all 32 banks.
+// A block has a tile of 128 rows (32 where there is little work) and a range of panels (search_panels.cuh). It makes
+// its rows unit, weighted and negated in shared memory, then meets them with every panel, 8 rows x 8 codes a thread (4
+// x 4); the next channels are copied while it multiplies, one barrier a copy. A panel leaves the lowest score a row and
+// thread and where it was; which of the codes it was is found out once, at the end, by scoring them again. Ranges of
+// the same rows meet in atomicMin of (score, id).
 //
 // Bytes: 4 G K (C + 1) for every tile from the second-level cache, 4 N G C for every range from memory.
-// Operations: N G K C multiply-adds. Of the instructions of a large tile's loop (SASS of sm_80) FMA_SHARE.
-// N = 16384, K = 32768, C = 8 / 40 / 256: 4.3 / 21.5 / 137 GFMA, at least 0.44 / 2.2 / 14.1 ms on an A100, 0.13 / 0.64
-// / 4.1 ms on an H100. Paper arithmetic, never run on a GPU.
+// Operations: N G K C multiply-adds: of the instructions of a large tile 89 % where C is large, 76 % at C = 8 (counted
+// in the SASS of sm_80). N = 16384, K = 32768, C = 8 / 40 / 256: 4.3 / 21.5 / 137 GFMA, at least 0.44 / 2.2 / 14.1 ms
+// on an A100, 0.13 / 0.64 / 4.1 ms on an H100. Paper arithmetic, never run on a GPU.
 #include "cuda/search.cuh"
+#include "cuda/search_panels.cuh"
 #include "cuda/tile.cuh"
 
 TOKENFLOW_BEGIN
 
-constexpr int kPanel = 128;               // codes
 constexpr int kFewRows = 32;              // of the small tile
 constexpr int kManyRows = 128;            // of the large tile
 constexpr int64_t kMaxShared = 99 << 10;  // bytes that a block may have on every architecture
-constexpr int kItems = 32;                // codes or rows that a block packs,
-constexpr int kChannels = 64;             // channels of them at a time
-
-TOKENFLOW_DEVICE static inline int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// Channels in a panel or a tile; those behind the last add -0 * +0 = -0, which changes no score.
-TOKENFLOW_DEVICE static inline int padded(int64_t channels) { return static_cast<int>((channels + 7) / 8 * 8); }
-
-// The place of code i of a panel in [128].
-TOKENFLOW_DEVICE static inline int place_of(int i) { return i % 8 / 4 * (kPanel / 2) + i / 8 * 4 + i % 4; }
-
-// Codes or rows [G, count, C], `stride` numbers from one to the next and `between` from one group to the next.
-struct Items {
-  const void* data;
-  Type type;
-  int64_t count, stride, between, channels;
-};
-
-struct Packing {
-  Items items;
-  Tables tables;
-  int width;     // items in a panel: [padded C + 1][width] numbers
-  bool as_rows;  // staged, in their order; the last line is 0, NaN where the row is not finite. Else codes
-  float* panels;
-  u64* keys;  // filled with kNoKey
-  int64_t key_count;
-};
-
-// A block has 32 items of one panel. Twice over their channels: norms, one item a thread; then what is stored.
-static __global__ void __launch_bounds__(kTileThreads, 4) pack_kernel(Packing job) {
-  SHARED(float, tile, [kChannels * tile_stride(kItems)]);
-  SHARED(float, norms, [kMaxTables][kItems]);
-  SHARED(float, last, [kItems]);
-  const int tid = threadIdx.x, item = tid % kItems, lines = padded(job.items.channels);
-  const int channels = static_cast<int>(job.items.channels), parts = job.width / kItems;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kTileThreads + tid; i < job.key_count;
-       i += static_cast<int64_t>(gridDim.x) * kTileThreads)
-    job.keys[i] = kNoKey;
-  const int64_t panels = (job.items.count + job.width - 1) / job.width, panel = blockIdx.x / parts;
-  const int part = static_cast<int>(blockIdx.x % parts) * kItems;
-  const int64_t group = panel / panels, first = panel % panels * job.width + part, there = job.items.count - first;
-  const int64_t from = group * job.items.between + first * job.items.stride;
-  const auto load = [&](int at) {
-    const int rest = channels - at;
-    load_tile<kItems>(job.items.data, job.items.type, from + at, job.items.stride, there, rest,
-                      lines - at < kChannels ? lines - at : kChannels, tile);
-  };
-
-  int t = 0, end = static_cast<int>(job.tables.width[0]);
-  float square = 0, start = 0;
-  bool good = true;
-  const auto close = [&] {
-    const float norm = sqrtf(square);
-    norms[t][item] = norm > 1e-12f ? norm : 1e-12f;
-    start += static_cast<float>(job.tables.weight[t]) * (0.5f * square);
-    square = 0;
-    if (++t < job.tables.count) end += static_cast<int>(job.tables.width[t]);
-  };
-  for (int at = 0; at < lines; at += kChannels) {
-    if (at > 0) __syncthreads();
-    load(at);
-    __syncthreads();
-    for (int d = at; tid < kItems && d < channels && d < at + kChannels; ++d) {
-      while (d == end) close();
-      const float x = tile[(d - at) * tile_stride(kItems) + item];
-      good &= fabsf(x) <= FLT_MAX;
-      square = fmaf(x, x, square);
-    }
-  }
-  if (tid < kItems) {
-    close();
-    if (job.as_rows)
-      last[item] = good ? 0 : NAN;
-    else
-      last[item] = item >= there ? INFINITY : job.tables.l2 ? start : 0;
-  }
-  __syncthreads();
-
-  float* out = job.panels + panel * (lines + 1) * job.width + (job.as_rows ? part + item : place_of(part + item));
-  const bool keep = !job.as_rows || last[item] == 0;
-  t = 0;
-  end = static_cast<int>(job.tables.width[0]);
-  for (int at = 0; at < lines; at += kChannels) {
-    if (lines > kChannels) {
-      if (at > 0) __syncthreads();
-      load(at);
-      __syncthreads();
-    }
-    for (int d = at + tid / kItems; d < lines && d < at + kChannels; d += kTileThreads / kItems) {
-      while (d >= end && t + 1 < job.tables.count) end += static_cast<int>(job.tables.width[++t]);
-      float x = tile[(d - at) * tile_stride(kItems) + item];
-      if (job.tables.unit) x /= norms[t][item];
-      if (job.as_rows) x = keep ? -(static_cast<float>(job.tables.weight[t]) * x) : 0;
-      if (d >= channels) x = job.as_rows ? -0.0f : 0.0f;
-      out[static_cast<int64_t>(d) * job.width] = x;
-    }
-  }
-  if (tid < kItems) out[static_cast<int64_t>(lines) * job.width] = last[item];
-}
 
 // How threads share a tile and a panel: `kTall` rows x `kWide` codes each, in fours that lie half a tile apart.
 template <int kRows>
@@ -385,16 +280,6 @@ Searched take_codes(Call& call, const View& codebook, const Tables& tables, int6
   if (!Shape<kManyRows>::stay(channels, tables.count))
     codes.row_panels = take<float>(call, groups * pieces_of(max_rows, kManyRows) * kManyRows * lines);
   return codes;
-}
-
-static void pack(Call& call, const Packing& job, int64_t groups) {
-  const int64_t blocks = groups * pieces_of(job.items.count, job.width) * (job.width / kItems);
-  launch(call, pack_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), 0, job);
-}
-
-void pack_codes(Call& call, const Searched& codes, u64* keys, int64_t count) {
-  const Items items = {codes.codebook, kFloat32, codes.codes, codes.channels, codes.between, codes.channels};
-  pack(call, {items, codes.tables, kPanel, false, codes.panels, keys, count}, codes.groups);
 }
 
 // How many panels a block meets: so many blocks share those of a tile that the waves of blocks, two on a
