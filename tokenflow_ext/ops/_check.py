@@ -67,7 +67,7 @@ def table(op: str, name: str, value, *, grouped: bool = True) -> torch.Tensor:
     """A codebook [K, D], or [G, K, D] where groups are allowed, with at least one code and one channel."""
     floating(op, name, value)
     ranks = (2, 3) if grouped else (2,)
-    if value.dim() not in ranks or min(value.shape) < 1:
+    if value.dim() not in ranks or not value.numel():
         wanted = "[K, D] or [G, K, D]" if grouped else "[K, D]"
         raise ValueError(
             f"{op}: {name}: wanted {wanted} with at least one code and one channel, got {list(value.shape)}"

@@ -19,10 +19,10 @@ def tables_of(widths, weights, metric, unit_codes: bool | None = None):
 def _nearest_code(x, codebook, metric, topk=1, window=None, with_scores=False, widths=None, weights=None):
     x, codebook = x.contiguous(), codebook.contiguous()
     shape = x.shape[:-1] + (topk,) if topk > 1 else x.shape[:-1]
-    indices = x.new_empty(shape, dtype=torch.int64)
+    indices = x.new_empty(*shape or [()], dtype=torch.int64)  # sizes one by one: half the time of a Size
     # The kernel keeps up to 64 scores of a row on its own stack.
     scores = codebook.new_empty(shape) if with_scores or topk > 64 else None
-    tables = tables_of(widths or x.shape[-1:], weights or (1.0,), metric)
+    tables = tables_of(widths or (x.shape[-1],), weights or (1.0,), metric)
     lo, hi = window or (0, codebook.shape[-2])
     core, where = runs_on(x)
     _, bad = core.nearest_code(x, codebook, tables, topk, lo, hi, indices, scores, *where)
