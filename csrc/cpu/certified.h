@@ -27,7 +27,8 @@ enum Term { kOfRow, kOfCode, kOfChain, kOfStartChain, kOfStart, kOfCeiling, kOfP
 #define TOKENFLOW_BOUND(term, value) (value)
 #endif
 
-constexpr int kTile8 = kTileRows;                                          // rows a tile
+constexpr int kTile8 = kRegisters >= 32 ? 8 : 4;                           // rows a tile
+constexpr int64_t kBlockBytes8 = 384 << 10;                                // codes that stay in the second-level cache
 constexpr int64_t kChannels8 = sizeof(Sum);                                // channels a word
 constexpr int64_t kListed8 = 64;                                           // registers that wait to be scored again
 constexpr int64_t kLongest8 = 64;                                          // codes in a segment at most

@@ -1,5 +1,5 @@
 // The scan in the type of the scores: 2 N K C operations, nothing of size N x K.
-// A tile is 8 rows (4 where there are 16 registers) x 2 registers of codes: independent chains hide the latency of the
+// A tile is 8 rows (6 where there are 16 registers) x 2 registers of codes: independent chains hide the latency of the
 // fused multiply-add, and one broadcast channel feeds two of them. Inside a segment of codes only the minimum of each
 // lane is kept, one instruction a register; which segment held the lowest is noted once a segment, and its codes are
 // scored again at the end. Blocks of panels stay in the second-level cache while the tiles of 64 rows pass over them.
@@ -8,8 +8,8 @@
 
 TOKENFLOW_BEGIN
 
-constexpr int64_t kBlockBytes = 384 << 10;
-constexpr int kTileRows = kRegisters >= 32 ? 8 : 4;
+constexpr int64_t kBlockBytes = kRegisters >= 32 ? 384 << 10 : 192 << 10;
+constexpr int kTileRows = kRegisters >= 32 ? 8 : 6;
 
 // Panels in a segment: more of them cost fewer comparisons and more scoring at the end.
 static inline int64_t segment_panels(int64_t panels) { return panels >= 256 ? 4 : 2; }
@@ -82,13 +82,18 @@ static void scan(const T* staged, int64_t rows, const Packed<T>& packed, int64_t
   for (int64_t r = 0; r < rows; ++r) lowest[r] = {static_cast<T>(__builtin_inf()), -1};
   for (int64_t first = from; first < to; first += block) {
     const int64_t last = first + block < to ? first + block : to;
-    int64_t r = 0;
-    for (; r + kTileRows <= rows; r += kTileRows)
-      scan_tile<T, kTileRows>(staged + r * channels, packed, first, last, segment, lowest + r);
-    if (kTileRows > 4 && r + 4 <= rows)
-      scan_tile<T, 4>(staged + r * channels, packed, first, last, segment, lowest + r), r += 4;
-    if (r + 2 <= rows) scan_tile<T, 2>(staged + r * channels, packed, first, last, segment, lowest + r), r += 2;
-    if (r < rows) scan_tile<T, 1>(staged + r * channels, packed, first, last, segment, lowest + r);
+    for (int64_t r = 0, taken; r < rows; r += taken) {
+      const int64_t left = rows - r;
+      // Two rows are too few chains: the last 8 are two tiles of 4, not one of 6 and one of 2.
+      if (left >= kTileRows && left != (kTileRows == 6 ? 8 : 0))
+        scan_tile<T, kTileRows>(staged + r * channels, packed, first, last, segment, lowest + r), taken = kTileRows;
+      else if (left >= 4)
+        scan_tile<T, 4>(staged + r * channels, packed, first, last, segment, lowest + r), taken = 4;
+      else if (left >= 2)
+        scan_tile<T, 2>(staged + r * channels, packed, first, last, segment, lowest + r), taken = 2;
+      else
+        scan_tile<T, 1>(staged + r * channels, packed, first, last, segment, lowest + r), taken = 1;
+    }
   }
   for (int64_t r = 0; r < rows; ++r) {
     best[r] = {static_cast<T>(__builtin_inf()), -1};

@@ -190,7 +190,7 @@ static void search_certified(const Index<float>& index, const float* staged, int
                          q + r * codes.words);
   }
   for (int64_t r = rows; r % kTile8; ++r) memset(q + r * codes.words, 0, codes.words * 4);
-  int64_t chunk = kBlockBytes / (codes.length * codes.words * kRegisterBytes);
+  int64_t chunk = kBlockBytes8 / (codes.length * codes.words * kRegisterBytes);
   chunk = chunk < 1 ? 1 : chunk;
   const int64_t chunks = (codes.blocks + chunk - 1) / chunk;
   const Scan8 scan = scan_of(codes, index.bound.starts);
