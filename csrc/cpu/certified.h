@@ -120,7 +120,7 @@ static inline Sums load_starts(const Start* p, Factor factor) {
 }
 #endif
 
-// Quantizes the packed codes. spare [3, panels * 32]: of every code the norm, the residual and the longest chunk.
+// Quantizes the packed codes. spare [3, panels * kPanel]: of every code the norm, the residual and the longest chunk.
 static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int threads) {
   constexpr int kLanes = Register<float>::kLanes, kParts = kPanel / kLanes;
   const int64_t codes = packed.codes, channels = packed.channels, panels = panels_of(codes);

@@ -8,13 +8,14 @@ TOKENFLOW_BEGIN
 // Best `topk` of all packed codes for one staged row, best first, ties by lowest id; ids without a number score last.
 template <class T>
 static void search_topk(const T* staged, const Packed<T>& packed, int64_t topk, T* scores, int64_t* ids) {
+  constexpr int64_t kAtOnce = 32;  // codes
   int64_t found = 0;
   for (int pass = 0; pass < 2 && found < topk; ++pass) {  // second pass: codes with NaN, where nothing else is left
-    for (int64_t first = 0; first < packed.codes; first += kPanel) {
-      T panel[kPanel];
-      score_panel(staged, packed, first / kPanel, panel);
-      for (int64_t l = 0; l < kPanel && first + l < packed.codes; ++l) {
-        const T score = panel[l];
+    for (int64_t first = 0; first < packed.codes; first += kAtOnce) {
+      T scored[kAtOnce];
+      score_panels<kAtOnce / kPanel>(staged, packed, first / kPanel, scored);
+      for (int64_t l = 0; l < kAtOnce && first + l < packed.codes; ++l) {
+        const T score = scored[l];
         if ((score == score) != (pass == 0) || (found == topk && !(score < scores[topk - 1]))) continue;
         int64_t j = found < topk ? found++ : topk - 1;
         for (; j > 0 && score < scores[j - 1]; --j) scores[j] = scores[j - 1], ids[j] = ids[j - 1];

@@ -1,21 +1,22 @@
-// Codes as the search reads them: panels of 32, per panel [C][32] channels, then [32] starting scores, so that the
-// stream is contiguous and one broadcast channel of a row meets whole registers of codes. And the canonical scores of
-// any range of packed codes, which every scan ends with.
-// Bytes: 4 (C + 1) a code, written once a call, or never where a call has too few rows to read them twice.
+// Codes as the search reads them: panels of P = kPanel, per panel [C][P] channels, then [P] starting scores, so that
+// the stream is contiguous and one broadcast channel of a row meets whole registers of codes. And the canonical scores
+// of any range of packed codes, which every scan ends with. Bytes: 4 (C + 1) a code, written once a call, or never
+// where a call has too few rows to read them twice.
 #pragma once
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 TOKENFLOW_BEGIN
 
-constexpr int64_t kPanel = 32;     // codes per panel
+// Codes per panel: two registers of floats, which are what a tile reads, and so reads without gaps.
+constexpr int64_t kPanel = kRegisterBytes == 32 ? 16 : 32;
 constexpr int64_t kRowBlock = 64;  // rows that are searched together, at most
 
 static inline int64_t panels_of(int64_t codes) { return (codes + kPanel - 1) / kPanel; }
 
 template <class T>
 struct Packed {
-  const T* panels;   // [panels][C + 1][32]
+  const T* panels;   // [panels][C + 1][kPanel]
   int64_t codes;     // those behind the last one score +inf
   int64_t channels;  // C
   int64_t stride() const { return kPanel * (channels + 1); }
@@ -57,7 +58,7 @@ static Packed<T> pack(const T* codebook, int64_t codes, int64_t channels, const 
   const Packed<T> packed = {out, codes, channels};
   const int64_t panels = panels_of(codes);
   // Some panels at a time: what a thread takes at once outweighs the taking.
-  const int64_t batch = 16, batches = (panels + batch - 1) / batch;
+  const int64_t batch = 512 / kPanel, batches = (panels + batch - 1) / batch;
   for_each(batches, codes * channels > 16384 ? threads : 1, [&](int64_t i) {
     for (int64_t p = i * batch; p < panels && p < (i + 1) * batch; ++p) {
       const int64_t used = codes - p * kPanel < kPanel ? codes - p * kPanel : kPanel;
@@ -94,17 +95,21 @@ static inline bool better(const Best<T>& a, const Best<T>& b) {
   return a.score < b.score || (a.score == b.score && a.id < b.id);
 }
 
-// The canonical scores [32] of one panel for one staged row.
-template <class T>
-static inline void score_panel(const T* staged, const Packed<T>& packed, int64_t p, T* scores) {
+// The canonical scores [P, kPanel] of panels [p, p + P) for one staged row; those behind the last repeat panel p.
+template <int P, class T>
+static inline void score_panels(const T* staged, const Packed<T>& packed, int64_t p, T* scores) {
   using V = typename Register<T>::V;
-  constexpr int kLanes = Register<T>::kLanes, kCount = kPanel / kLanes;
-  const T* panel = packed.panels + p * packed.stride();
+  constexpr int kLanes = Register<T>::kLanes, kParts = kPanel / kLanes, kCount = P * kParts;
+  const T* codes[P];
   V score[kCount];
-  for (int i = 0; i < kCount; ++i) score[i] = load_register(panel + packed.channels * kPanel + i * kLanes);
+  for (int i = 0; i < P; ++i)
+    codes[i] = packed.panels + (p + i < panels_of(packed.codes) ? p + i : p) * packed.stride();
+  for (int i = 0; i < kCount; ++i)
+    score[i] = load_register(codes[i / kParts] + packed.channels * kPanel + i % kParts * kLanes);
   for (int64_t d = 0; d < packed.channels; ++d)
     for (int i = 0; i < kCount; ++i)
-      score[i] = fused(broadcast(staged[d]), load_register(panel + d * kPanel + i * kLanes), score[i]);
+      score[i] =
+          fused(broadcast(staged[d]), load_register(codes[i / kParts] + d * kPanel + i % kParts * kLanes), score[i]);
   memcpy(scores, score, sizeof(score));
 }
 

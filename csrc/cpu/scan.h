@@ -12,7 +12,7 @@ constexpr int64_t kBlockBytes = kRegisters >= 32 ? 384 << 10 : 192 << 10;
 constexpr int kTileRows = kRegisters >= 32 ? 8 : 6;
 
 // Panels in a segment: more of them cost fewer comparisons and more scoring at the end.
-static inline int64_t segment_panels(int64_t panels) { return panels >= 256 ? 4 : 2; }
+static inline int64_t segment_panels(int64_t panels) { return (panels * kPanel >= 8192 ? 128 : 64) / kPanel; }
 
 // The lowest score of each row, and the first segment that holds it; -1 where none was below +inf.
 template <class T>

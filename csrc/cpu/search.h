@@ -114,7 +114,7 @@ static Index<T> make_index(const T* codebook, int64_t codes, int64_t channels, c
 }
 
 // Panels [first, first + count) to read, from all of them or packed on the fly into `scratch`; ids count from first
-// * 32.
+// * kPanel.
 template <class T>
 static Packed<T> panels_at(const Index<T>& index, int64_t first, int64_t count, T* scratch) {
   const int64_t channels = index.packed.channels, at = first * kPanel, rest = index.packed.codes - at;
@@ -227,7 +227,7 @@ static Best<T> first_number(const Index<T>& index, const T* staged) {
   for (int64_t p = 0; p < panels_of(index.packed.codes); ++p) {
     T scores[kPanel];
     const Packed<T> panel = panels_at(index, p, 1, reinterpret_cast<T*>(index.scratch));
-    score_panel(staged, panel, 0, scores);
+    score_panels<1>(staged, panel, 0, scores);
     for (int64_t l = 0; l < kPanel && l < panel.codes; ++l)
       if (scores[l] == scores[l]) return {scores[l], p * kPanel + l};
   }

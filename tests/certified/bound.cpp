@@ -69,7 +69,7 @@ static void check(const Problem& p, Counts* counts) {
     if (!row[r].usable) continue;
     float scores[kPanel];
     for (int64_t k = 0; k < kCodes; ++k) {
-      if (k % (kPanel / 2) == 0) score_panel(&p.z[r * p.channels], index.packed, 2 * k / kPanel, scores);
+      if (k % (kPanel / 2) == 0) score_panels<1>(&p.z[r * p.channels], index.packed, 2 * k / kPanel, scores);
       const float score = scores[2 * k % kPanel];
       const Sum most = ceiling_of(row[r], codes, index.bound, score)(codes.norms[k], codes.gaps[k]);
       ++counts->checks;
