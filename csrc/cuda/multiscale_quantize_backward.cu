@@ -15,8 +15,8 @@
 //   as stay in cache (multiscale_gradient.cuh)
 // Bytes on codes: 24 C L + 8 C H W an image, the sums aside.
 //   32 images of 40 channels at 16 x 16, nine scales (L = 817, 71 M operations): 28 MB, 14 us on A100 (2.0 TB/s), 8 us
-//   on H100 (3.35 TB/s); VAR's accumulated loss, ten scales of 32 channels, 32 images: phi three times 1.5 G operations,
-//   two thirds of them not fused, 390 us on A100 (19.5 TFLOP/s), 115 us on H100 (67 TFLOP/s)
+//   on H100 (3.35 TB/s); VAR's accumulated loss, ten scales of 32 channels, 32 images: phi three times 1.5 G
+//   operations, two thirds of them not fused, 390 us on A100 (19.5 TFLOP/s), 115 us on H100 (67 TFLOP/s)
 // Paper arithmetic, never run on a GPU.
 #include "cuda/multiscale_gradient.cuh"
 
