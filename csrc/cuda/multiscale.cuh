@@ -12,7 +12,6 @@
 TOKENFLOW_BEGIN
 
 constexpr int kThreads = 256;
-constexpr int64_t kManyBlocks = 264;        // two for each multiprocessor of an H100
 constexpr int64_t kSharedFloats = 44 << 8;  // 48 KB hold this, beside what kernels declare
 
 // Numbers that a block's space begins with: ids of a grid, or weights of both axes.
@@ -113,9 +112,10 @@ static Error make_loop(Call& call, int64_t batch, int64_t length, const View& co
   loop->turned = transposed ? take<float>(call, rows * kernel_numbers(channels)) : nullptr;
   loop->bands = take<Band<float>>(call, loop->scales.count * 2 * (height + width));
   const int64_t head = head_of(loop->size), plane = planes * plane_stride(loop->size.cells());
+  const int64_t blocks = 2 * multiprocessors(call);  // at least, if there can be so many
   for (loop->width = 8; loop->width > 1; loop->width /= 2) {
     const int64_t slices = (channels + loop->width - 1) / loop->width;
-    if (batch * slices >= kManyBlocks && head + loop->width * plane <= kSharedFloats) break;
+    if (batch * slices >= blocks && head + loop->width * plane <= kSharedFloats) break;
   }
   loop->slices = static_cast<int>((channels + loop->width - 1) / loop->width);
   loop->floats = (head + loop->width * plane + 63) / 64 * 64;

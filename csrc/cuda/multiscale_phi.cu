@@ -157,6 +157,9 @@ static __global__ void __launch_bounds__(kPair* kPair)
   (i < weights ? weight[i] : bias[i - weights]) = ratio * sum;
 }
 
+// Two for each multiprocessor of an H100; the same everywhere, as the order of sums depends on it.
+constexpr int64_t kManyBlocks = 264;
+
 PhiSum take_phi_sum(Call& call, const Loop& loop, const View& grad_weight) {
   if (grad_weight.type == kNone) return {};
   const int64_t tiles = (loop.channels + 2 * kPair - 1) / (2 * kPair), blocks = tiles * tiles * loop.phi_rows;

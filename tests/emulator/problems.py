@@ -97,6 +97,20 @@ def multiscale() -> None:
         gradients([ops.multiscale_inputs(ids, codebooks, rule="accumulate", **how)], leaves[1:], seed=17)
         if "phi" not in options and len(options["scales"]) > 1:
             gradients([ops.multiscale_inputs(ids, codebooks, rule="chain", **how)], codebooks, seed=18)
+    # A slice of more numbers than a block has threads, whose columns do not fill a block.
+    features, codebooks, options = case("oblong", "cosine", batch=2)
+    features, options = normal(2, features.shape[1], 13, 11, seed=20), {**options, "scales": [(2, 3), (5, 4), (13, 11)]}
+    leaves = [t.requires_grad_() for t in (features, *codebooks)]
+    out = ops.multiscale_quantize(features, codebooks, **options)
+    gradients(out, leaves, seed=21)
+    gradients([ops.multiscale_rows(features, out.indices, codebooks, **options)], [features], seed=22)
+    for function, rules in (
+        (ops.multiscale_decode, [{}]),
+        (ops.multiscale_inputs, [{"rule": "accumulate"}, {"rule": "chain"}]),
+    ):
+        for rule in rules:
+            made = function(out.indices, codebooks, **decoding(options, (13, 11)), **rule)
+            gradients([made], codebooks, seed=23)
     # Scales without ids, and ids outside the table, which the CPU refuses.
     ids = torch.randint(37, (3, 39), generator=torch.Generator().manual_seed(19))
     ids[0, 1:5], ids[1, 0], ids[2, 20:30] = -1, -1, 99
@@ -106,6 +120,8 @@ def multiscale() -> None:
         for function, rule in ((ops.multiscale_decode, {}), (ops.multiscale_inputs, {"rule": "accumulate"})):
             with contextlib.suppress(ValueError):
                 function(ids, codebooks, **how, **rule)
+        with contextlib.suppress(ValueError):
+            ops.multiscale_rows(normal(3, 8, 5, 5, seed=24), ids, codebooks, **options)
     with contextlib.suppress(ValueError):
         ops.multiscale_inputs(ids, codebooks, rule="chain", scales=options["scales"], size=5)
 
