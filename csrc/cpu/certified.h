@@ -30,6 +30,7 @@ enum Term { kOfRow, kOfCode, kOfChain, kOfStartChain, kOfStart, kOfCeiling, kOfP
 constexpr int kTile8 = kRegisters >= 32 ? 8 : 4;                           // rows a tile
 constexpr int64_t kBlockBytes8 = 384 << 10;                                // codes that stay in the second-level cache
 constexpr int64_t kChannels8 = sizeof(Sum);                                // channels a word
+constexpr int64_t kLanes8 = Register<float>::kLanes;                       // numbers of a row at once
 constexpr int64_t kListed8 = 64;                                           // registers that wait to be scored again
 constexpr int64_t kLongest8 = 64;                                          // codes in a segment at most
 constexpr int64_t kPerSegment8 = kLongest8 / Register<float>::kLanes + 1;  // registers that a segment touches
@@ -227,6 +228,20 @@ static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int th
   out->reach = (out->longest + out->widest) / scale * (1 + 1e-5f);
 }
 
+// The first n numbers of x, zeros behind them.
+static inline Floats some_of(const float* x, int64_t n) {
+  if (n >= kLanes8) return load_register(x);
+  Floats v = {};
+  if (n > 0) memcpy(&v, x, n * sizeof(float));
+  return v;
+}
+
+static inline float sum_of(Floats v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes8; ++i) sum += v[i];
+  return sum;
+}
+
 // A row in 8 bits.
 struct Row8 {
   double norm, residual, size;  // |z|, |z - scale q|, |scale q|: upper bounds
@@ -241,55 +256,68 @@ static double most_sum(double chunk, double whole, double scale, const Codes8& c
   return of_chunk > of_code ? of_chunk : of_code;
 }
 
-// The scale of a row z [channels]; of a tile of rows under one unit it is the largest.
+// The scale of a row z [channels]; of a tile of rows under one unit it is the largest. A wish: quantize8() checks.
 static float scale8(const float* z, int64_t channels, const Codes8& codes) {
-  float largest = 0;
-  double longest = 0, whole = 0;
+  Floats largest = {};
+  float longest = 0, whole = 0;
   for (int64_t first = 0; first < channels; first += codes.chunk * kChannels8) {
-    double square = 0;
-    for (int64_t d = first; d < channels && d < first + codes.chunk * kChannels8; ++d) {
-      const float size = __builtin_fabsf(z[d]);
+    const int64_t end = first + codes.chunk * kChannels8 < channels ? first + codes.chunk * kChannels8 : channels;
+    Floats square = {};
+    for (int64_t d = first; d < end; d += kLanes8) {
+      const Floats x = some_of(z + d, end - d), size = x < 0 ? -x : x;
       largest = size > largest ? size : largest;
-      square += static_cast<double>(size) * size;
+      square = fused(x, x, square);
     }
-    longest = square > longest ? square : longest;
-    whole += square;
+    const float sum = sum_of(square);
+    longest = sum > longest ? sum : longest;
+    whole += sum;
   }
-  const double least = most_sum(__builtin_sqrt(longest), __builtin_sqrt(whole), 1, codes) / kReach;
-  return largest / kRowLevels > least ? largest / kRowLevels : static_cast<float>(least);
+  const float most = -lowest_lane(-largest) / kRowLevels;
+  const double least = most_sum(__builtin_sqrtf(longest), __builtin_sqrtf(whole), 1, codes) / kReach;
+  return most > least ? most : static_cast<float>(least);
 }
 
 // q [words] of z [channels] under `scale`: bytes, plus kRowOffset, as `dot` wants them.
 static Row8 quantize8(const float* z, int64_t channels, float scale, const Codes8& codes, int32_t* q) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes8)));
   const bool usable = scale > 1e-15f && scale < 1e15f;
   scale = usable ? scale : 1;
   const float inverse = 1 / scale;
-  double norm = 0, residual = 0;
-  int64_t longest = 0, whole = 0;
+  Floats norm = {}, residual = {};
+  float longest = 0, whole = 0;  // sums of integers below 2^24 a lane
   for (int64_t first = 0; first < codes.words; first += codes.chunk) {
-    int64_t square = 0;
-    for (int64_t w = first; w < first + codes.chunk && w < codes.words; ++w) {
-      uint8_t bytes[4];
-      for (int64_t b = 0; b < kChannels8; ++b) {
-        const int64_t d = w * kChannels8 + b;
-        const float x = d < channels ? z[d] : 0, rounded = __builtin_rintf(x * inverse);
-        const float value = rounded > kRowLevels ? kRowLevels : rounded < -kRowLevels ? -kRowLevels : rounded;
-        const double rest = x - static_cast<double>(scale) * value;
-        bytes[b] = static_cast<uint8_t>(value + kRowOffset);
-        norm += static_cast<double>(x) * x;
-        residual += rest * rest;
-        square += static_cast<int64_t>(value * value);
+    const int64_t words = first + codes.chunk < codes.words ? codes.chunk : codes.words - first;
+    Floats square = {};
+    for (int64_t w = 0; w < words; w += kLanes8 / kChannels8) {
+      const int64_t d = (first + w) * kChannels8, left = (words - w) * kChannels8;
+      const Floats x = some_of(z + d, channels - d < left ? channels - d : left), rounded = nearest(x * inverse);
+      const Floats below = rounded > kRowLevels ? Floats{} + kRowLevels : rounded;
+      const Floats value = below < -kRowLevels ? Floats{} - kRowLevels : below;
+      const Floats rest = fused(broadcast(-scale), value, x);
+      norm = fused(x, x, norm);
+      residual = fused(rest, rest, residual);
+      square = fused(value, value, square);
+      const Bytes bytes = __builtin_convertvector(__builtin_convertvector(value, Ints) + kRowOffset, Bytes);
+      int32_t some[kLanes8 / kChannels8];
+      if (kChannels8 == 4) {
+        memcpy(some, &bytes, sizeof(bytes));
+      } else {
+        for (int64_t i = 0; i < kLanes8 / 2; ++i) some[i] = 0x10001 * (bytes[2 * i] | bytes[2 * i + 1] << 8);
       }
-      for (int64_t b = kChannels8; b < 4; ++b) bytes[b] = bytes[b - kChannels8];  // half a word stands there twice
-      memcpy(q + w, bytes, 4);
+      const int64_t count = words - w < kLanes8 / kChannels8 ? words - w : kLanes8 / kChannels8;
+      memcpy(q + first + w, some, count * sizeof(int32_t));
     }
-    longest = square > longest ? square : longest;
-    whole += square;
+    const float sum = sum_of(square);
+    longest = sum > longest ? sum : longest;
+    whole += sum;
   }
-  constexpr double kUp = 1 + 1e-9;
-  const double size = __builtin_sqrt(static_cast<double>(whole)) * kUp;
-  const double most = most_sum(__builtin_sqrt(static_cast<double>(longest)) * kUp, size, scale, codes);
-  return {__builtin_sqrt(norm) * kUp, __builtin_sqrt(residual) * kUp, scale * size,
+  // Upper bounds: those of packing for what was summed in float32, and as many roundings for sums of integers.
+  const double up = 1 + TOKENFLOW_BOUND(kOfPacking, static_cast<double>(channels + 16) * 0x1p-23);
+  const double lost = TOKENFLOW_BOUND(kOfPacking, static_cast<double>(channels) * 1e-18);
+  const double size = __builtin_sqrt(static_cast<double>(whole)) * up;
+  const double most = most_sum(__builtin_sqrt(static_cast<double>(longest)) * up, size, scale, codes);
+  return {__builtin_sqrt(static_cast<double>(sum_of(norm))) * up + lost,
+          __builtin_sqrt(static_cast<double>(sum_of(residual))) * up + lost, scale * size,
           static_cast<double>(scale) * codes.scale * (1 << codes.shift), usable && most <= kMostSum};
 }
 
