@@ -61,7 +61,7 @@ static __attribute__((noinline, TOKENFLOW_DOT_TARGET)) void scan8(const int32_t*
 using Scan8 = void (*)(const int32_t*, const Codes8&, int64_t, int64_t, Factor, Sum*);
 
 // The scan of these codes, with starting scores or without, for kTile8 rows.
-static Scan8 scan_of(const Codes8& codes, bool starts) {
+static inline Scan8 scan_of(const Codes8& codes, bool starts) {
   if (codes.chunks > 1) return starts ? scan8<kTile8, true, true> : scan8<kTile8, false, true>;
   return starts ? scan8<kTile8, true, false> : scan8<kTile8, false, false>;
 }
@@ -90,7 +90,7 @@ struct Ceiling {
   }
 };
 
-static Ceiling ceiling_of(const Row8& row, const Codes8& codes, const Bound& bound, float score) {
+static inline Ceiling ceiling_of(const Row8& row, const Codes8& codes, const Bound& bound, float score) {
   const double u = 0x1p-24, n = static_cast<double>(bound.channels), underflow = n * 0x1p-126;
   const double gamma = n * u / (1 - n * u), chain = TOKENFLOW_BOUND(kOfChain, gamma);
   double longest = 1e300;
@@ -116,7 +116,7 @@ static Ceiling ceiling_of(const Row8& row, const Codes8& codes, const Bound& bou
 
 // best = the canonical search's answer for row z, from its table of minima. Returns how many segments were scored;
 // none, and no answer, where that would be more than `limit`.
-static int64_t resolve8(const float* z, const Row8& row, const Sum* table, const Codes8& codes,
+static inline int64_t resolve8(const float* z, const Row8& row, const Sum* table, const Codes8& codes,
                         const Packed<float>& packed, const Bound& bound, int64_t limit, Best<float>* best) {
   constexpr int kLanes = Register<float>::kLanes;
   const int64_t segments = codes.segments();

@@ -78,7 +78,7 @@ struct Codes8 {
 };
 
 // Its sizes, without memory. Short segments cost a longer table, long ones more to score again, channel by channel.
-static Codes8 layout8(int64_t codes, int64_t channels) {
+static inline Codes8 layout8(int64_t codes, int64_t channels) {
   Codes8 c = {};
   const int64_t longest = channels < 24 ? kLongest8 : channels < 64 ? 32 : 16;
   c.blocks = (codes + longest * kSums - 1) / (longest * kSums);
@@ -92,14 +92,14 @@ static Codes8 layout8(int64_t codes, int64_t channels) {
 
 // How a code's score starts, beside its products: H_k = (h_k - middle) / unit.
 #if defined(__AVX512F__)
-static void prepare_starts(float largest, Codes8* c) { c->step = 1, c->middle = 0, c->spread = largest; }
+static inline void prepare_starts(float largest, Codes8* c) { c->step = 1, c->middle = 0, c->spread = largest; }
 static inline Start start_of(float h, const Codes8&) { return h; }
 static inline Factor start_factor(const Codes8&, double unit) { return static_cast<float>(1 / unit); }
 static inline Sums load_starts(const Start* p, Factor factor) {
   return (Sums)_mm512_cvtps_epi32((__m512)(load_register(p) * factor));
 }
 #else
-static void prepare_starts(float largest, Codes8* c) {
+static inline void prepare_starts(float largest, Codes8* c) {
   c->middle = c->spread = largest > 1e-30f ? 0.5f * largest : 0;
   c->step = c->middle / 32767;
 }
@@ -116,7 +116,7 @@ static inline Sums load_starts(const Start* p, Factor factor) {
 #endif
 
 // Quantizes the packed codes. spare [3, panels * kPanel]: of every code the norm, the residual and the longest chunk.
-static void pack8(const Packed<float>& packed, float* spare, Codes8* out, int threads) {
+static inline void pack8(const Packed<float>& packed, float* spare, Codes8* out, int threads) {
   constexpr int kLanes = Register<float>::kLanes, kParts = kPanel / kLanes;
   const int64_t codes = packed.codes, channels = packed.channels, panels = panels_of(codes);
   float *norms = spare, *gaps = norms + panels * kPanel, *reaches = gaps + panels * kPanel;
@@ -244,14 +244,14 @@ struct Row8 {
 };
 
 // What the longest chunk and the whole of a row may do to the sums of a chunk and of a code, in `scale`s.
-static double most_sum(double chunk, double whole, double scale, const Codes8& codes) {
+static inline double most_sum(double chunk, double whole, double scale, const Codes8& codes) {
   const double of_chunk = chunk * codes.chunk_reach;
   const double of_code = (codes.spread / (scale * codes.scale) + whole * codes.reach) / (1 << codes.shift);
   return of_chunk > of_code ? of_chunk : of_code;
 }
 
 // The scale of a row z [channels]; of a tile of rows under one unit it is the largest. A wish: quantize8() checks.
-static float scale8(const float* z, int64_t channels, const Codes8& codes) {
+static inline float scale8(const float* z, int64_t channels, const Codes8& codes) {
   Floats largest = {};
   float longest = 0, whole = 0;
   for (int64_t first = 0; first < channels; first += codes.chunk * kChannels8) {
@@ -272,7 +272,7 @@ static float scale8(const float* z, int64_t channels, const Codes8& codes) {
 }
 
 // q [words] of z [channels] under `scale`: bytes, plus kRowOffset, as `dot` wants them.
-static Row8 quantize8(const float* z, int64_t channels, float scale, const Codes8& codes, int32_t* q) {
+static inline Row8 quantize8(const float* z, int64_t channels, float scale, const Codes8& codes, int32_t* q) {
   typedef uint8_t Bytes __attribute__((vector_size(kLanes8)));
   const bool usable = scale > 1e-15f && scale < 1e15f;
   scale = usable ? scale : 1;
