@@ -18,6 +18,9 @@ inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(normalize_rows_backward);
   TOKENFLOW_CUDA_OP(quantize);
   TOKENFLOW_CUDA_OP(quantize_backward);
+  TOKENFLOW_CUDA_OP(entropy_loss);
+  TOKENFLOW_CUDA_OP(entropy_loss_backward);
+  TOKENFLOW_CUDA_OP(soft_quantize_backward);
   TOKENFLOW_CUDA_OP(lookup);
   TOKENFLOW_CUDA_OP(lookup_backward);
   TOKENFLOW_CUDA_OP(code_statistics);

@@ -12,7 +12,6 @@
 // on an A100, 0.13 / 0.64 / 4.1 ms on an H100. Paper arithmetic, never run on a GPU.
 #include "cuda/search.cuh"
 #include "cuda/search_panels.cuh"
-#include "cuda/tile.cuh"
 
 TOKENFLOW_BEGIN
 
@@ -80,36 +79,6 @@ static __device__ __forceinline__ void stage(const Search& job, int64_t group, i
     float* const x = rows + d * tile_stride(kRows) + row;
     const float y = job.tables.unit ? *x / norms[t * kRows + row] : *x;
     *x = d >= job.channels ? -0.0f : good ? -(static_cast<float>(job.tables.weight[t]) * y) : 0;
-  }
-}
-
-static __device__ __forceinline__ void load_four(const float* from, float* to) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
-  to[0] = four.x;
-  to[1] = four.y;
-  to[2] = four.z;
-  to[3] = four.w;
-}
-
-// score += rows x codes over eight channels; the first eight begin with the codes' starting scores.
-template <bool kFirst, int kRows, int kTall, int kWide>
-static __device__ __forceinline__ void multiply(const float* rows, const float* codes, const float* starts,
-                                                float (&score)[kTall][kWide]) {
-  float start[kWide];
-#pragma unroll
-  for (int k = 0; kFirst && k < kWide; k += 4) load_four(starts + k / 4 * (kPanel / 2), start + k);
-#pragma unroll
-  for (int d = 0; d < 8; ++d) {
-    float x[kTall], c[kWide];
-#pragma unroll
-    for (int r = 0; r < kTall; r += 4) load_four(rows + d * tile_stride(kRows) + r / 4 * (kRows / 2), x + r);
-#pragma unroll
-    for (int k = 0; k < kWide; k += 4) load_four(codes + d * kPanel + k / 4 * (kPanel / 2), c + k);
-#pragma unroll
-    for (int r = 0; r < kTall; ++r) {
-#pragma unroll
-      for (int k = 0; k < kWide; ++k) score[r][k] = fmaf(x[r], c[k], kFirst && d == 0 ? start[k] : score[r][k]);
-    }
   }
 }
 

@@ -5,7 +5,6 @@
 // Paper arithmetic, never run on a GPU.
 #include "cuda/search.cuh"
 #include "cuda/search_panels.cuh"
-#include "cuda/tile.cuh"
 
 TOKENFLOW_BEGIN
 
@@ -56,7 +55,7 @@ static __global__ void __launch_bounds__(kTileThreads, 4) pack_kernel(Packing jo
   if (tid < kItems) {
     close();
     if (job.as_rows)
-      last[item] = good ? 0 : NAN;
+      last[item] = good && item < there ? 0 : NAN;
     else
       last[item] = item >= there ? INFINITY : job.tables.l2 ? start : 0;
   }
