@@ -101,6 +101,10 @@ struct Place {
     other = its.first + group * its.panels * size;
     other2 = its.second + group * its.panels * size2;
   }
+  // The first row, or code, of the block's pairs with a panel.
+  __device__ __forceinline__ int64_t row_at(int panel) const { return kOwnRows ? own_at : at(panel); }
+  __device__ __forceinline__ int64_t code_at(int panel) const { return kOwnRows ? at(panel) : own_at; }
+  __device__ __forceinline__ int64_t at(int panel) const { return other_at + static_cast<int64_t>(panel) * kPanel; }
 };
 
 // Eight channels of the block's items and of a panel, on their way.
@@ -129,58 +133,47 @@ static __device__ __forceinline__ void product(const float* own, const float* ot
   }
 }
 
-// u, no lower than kLowest, and a of the thread's pairs with a panel, which is not the last one if `more`. Behind the
-// channels stands NaN where an item is not finite or does not exist, so that its pairs have p = 0; but a row of the
-// second product that is not finite, an upstream gradient, makes all that its row has part in NaN.
-template <bool kOwnRows, Of kOf>
-static __device__ __forceinline__ void pairs(const Softmax& job, const Place<kOwnRows>& place, int panel, bool more,
-                                             float* steps, int* held, float (&u)[kTall][kWide],
-                                             float (&a)[kTall][kWide]) {
-  const int across = place.across, down = place.down;
-  const float* const other = place.other + panel * place.size;
-  const float* const next = more ? other + place.size : nullptr;
-  const float* const other2 = place.other2 + panel * place.size2;
-  const int64_t own_at = place.own_at, other_at = place.other_at + static_cast<int64_t>(panel) * kPanel;
-  {
-    const Numbers<true> mine(place.own + job.lines * kPanel, across, down);
-    const Numbers<false> its(other + job.lines * kPanel, across, down);
-#pragma unroll
-    for (int r = 0; r < kTall; ++r) {
-#pragma unroll
-      for (int k = 0; k < kWide; ++k) u[r][k] = mine.at(r, k) + its.at(r, k);
-    }
-  }
-  if (kOf == kProducts) {
-    product(place.own, other, job.lines, place.own2, other2, across, down, steps, held, u);
-    const Numbers<kOwnRows> upstream((kOwnRows ? place.own2 : other2) + job.second_lines * kPanel, across, down);
-#pragma unroll
-    for (int r = 0; r < kTall; ++r) {
-#pragma unroll
-      for (int k = 0; k < kWide; ++k) a[r][k] = upstream.at(r, k);
-    }
-    product(place.own2, other2, job.second_lines, next ? place.own : nullptr, next, across, down, steps, held, a);
-  } else {
-    product(place.own, other, job.lines, next ? place.own : nullptr, next, across, down, steps, held, u);
-  }
-  const int64_t row_at = kOwnRows ? own_at : other_at, code_at = kOwnRows ? other_at : own_at;
-  const Numbers<kOwnRows> top(job.top + row_at, across, down), log_total(job.log_total + row_at, across, down);
+// value[r][k] = of(r, k) for the thread's pairs.
+template <class F>
+static __device__ __forceinline__ void set_pairs(float (&value)[kTall][kWide], F of) {
 #pragma unroll
   for (int r = 0; r < kTall; ++r) {
 #pragma unroll
-    for (int k = 0; k < kWide; ++k) {
-      const float log_p = u[r][k] - top.at(r, k) - log_total.at(r, k);
-      u[r][k] = log_p > kLowest ? log_p : kLowest;
-      if (kOf == kLogits) a[r][k] = u[r][k];
-    }
+    for (int k = 0; k < kWide; ++k) value[r][k] = of(r, k);
   }
-  if (kOf == kTerms) {
-    const Numbers<!kOwnRows> term(job.term + code_at, across, down);
-#pragma unroll
-    for (int r = 0; r < kTall; ++r) {
-#pragma unroll
-      for (int k = 0; k < kWide; ++k) a[r][k] = term.at(r, k);
-    }
-  }
+}
+
+// u of the thread's pairs with a panel, no lower than kLowest. Behind the channels stands NaN where an item is not
+// finite or does not exist, so that its pairs have p = 0.
+template <bool kOwnRows>
+static __device__ __forceinline__ void logits(const Softmax& job, const Place<kOwnRows>& place, int panel,
+                                              const float* next_own, const float* next_other, float* steps, int* held,
+                                              float (&u)[kTall][kWide]) {
+  const int across = place.across, down = place.down;
+  const float* const other = place.other + panel * place.size;
+  const Numbers<true> mine(place.own + job.lines * kPanel, across, down);
+  const Numbers<false> its(other + job.lines * kPanel, across, down);
+  set_pairs(u, [&](int r, int k) { return mine.at(r, k) + its.at(r, k); });
+  product(place.own, other, job.lines, next_own, next_other, across, down, steps, held, u);
+  const int64_t row = place.row_at(panel);
+  const Numbers<kOwnRows> top(job.top + row, across, down), log_total(job.log_total + row, across, down);
+  set_pairs(u, [&](int r, int k) {
+    const float log_p = u[r][k] - top.at(r, k) - log_total.at(r, k);
+    return log_p > kLowest ? log_p : kLowest;
+  });
+}
+
+// The second product of the same pairs. An upstream gradient that is not finite stands as zeros with NaN behind them:
+// it makes all that its row has part in NaN.
+template <bool kOwnRows>
+static __device__ __forceinline__ void second_product(const Softmax& job, const Place<kOwnRows>& place, int panel,
+                                                      const float* next_own, const float* next_other, float* steps,
+                                                      int* held, float (&a)[kTall][kWide]) {
+  const float* const other = place.other2 + panel * place.size2;
+  const Numbers<kOwnRows> upstream((kOwnRows ? place.own2 : other) + job.second_lines * kPanel, place.across,
+                                   place.down);
+  set_pairs(a, [&](int r, int k) { return upstream.at(r, k); });
+  product(place.own2, other, job.second_lines, next_own, next_other, place.across, place.down, steps, held, a);
 }
 
 static __device__ __forceinline__ float p_of(float u) { return u > kLowest ? expf(u) : 0; }
@@ -198,8 +191,19 @@ static __global__ void __launch_bounds__(kTileThreads, 2) sweep_kernel(Softmax j
   float sums[2][kTall] = {};
   copy_step(place.own, place.other + from * place.size, steps);
   for (int panel = from; panel < to; ++panel) {
+    const float* const next = panel + 1 < to ? place.other + (panel + 1) * place.size : nullptr;
     float u[kTall][kWide], a[kTall][kWide];
-    pairs<kOwnRows, kOf>(job, place, panel, panel + 1 < to, steps, &held, u, a);
+    if (kOf == kProducts) {
+      logits(job, place, panel, place.own2, place.other2 + panel * place.size2, steps, &held, u);
+      second_product(job, place, panel, next ? place.own : nullptr, next, steps, &held, a);
+    } else {
+      logits(job, place, panel, next ? place.own : nullptr, next, steps, &held, u);
+    }
+    if (kOf == kLogits) set_pairs(a, [&](int r, int k) { return u[r][k]; });
+    if (kOf == kTerms) {
+      const Numbers<!kOwnRows> term(job.term + place.code_at(panel), place.across, place.down);
+      set_pairs(a, [&](int r, int k) { return term.at(r, k); });
+    }
 #pragma unroll
     for (int r = 0; r < kTall; ++r) {
       float total = 0, weighted = 0;
@@ -238,8 +242,20 @@ struct Channels {
     const int width = padded(pieces_of(lines, pieces_of(lines, kAtOnce))), free = kTileThreads / (kOwn / 4) / (width / 4);
     return {width, free >= 8 ? 8 : free >= 4 ? 4 : free >= 2 ? 2 : 1};
   }
-  size_t bytes() const { return (2 * kStepSize + (kOwn + width) * tile_stride(kPanel)) * sizeof(float); }
+  size_t bytes() const {
+    return (2 * kStepSize + (kOwn + width) * tile_stride(kPanel) + slices * kOwn * width) * sizeof(float);
+  }
 };
+
+// The thread's pairs into the tile [64][132] that begins at its first.
+static __device__ __forceinline__ void store_tile(const float (&value)[kTall][kWide], float* tile) {
+#pragma unroll
+  for (int r = 0; r < kTall; ++r) {
+    float* const to = tile + r * tile_stride(kPanel);
+    *reinterpret_cast<float4*>(to) = make_float4(value[r][0], value[r][1], value[r][2], value[r][3]);
+    *reinterpret_cast<float4*>(to + kPanel / 2) = make_float4(value[r][4], value[r][5], value[r][6], value[r][7]);
+  }
+}
 
 // out[range, own items' place in their tensor] = sums over the range of ds times the other side's channels.
 template <bool kOwnRows, Of kOf>
@@ -249,6 +265,7 @@ static __global__ void __launch_bounds__(kTileThreads, 2)
   DYNAMIC_SHARED(float, steps);
   float* const slopes = steps + 2 * kStepSize;      // ds [64][132]
   float* const values = slopes + kOwn * kStride;    // [width][132]
+  float* const parts = values + channels.width * kStride;  // [slices][64][width]
   const Place<kOwnRows> place(job);
   const Side& own = kOwnRows ? job.rows : job.codes;
   const int panels = static_cast<int>((kOwnRows ? job.codes : job.rows).panels);
@@ -256,7 +273,7 @@ static __global__ void __launch_bounds__(kTileThreads, 2)
   const int tid = threadIdx.x, teams = channels.width / 4, slice = tid / teams / kApart;
   const int team = tid % teams, mine = tid / teams % kApart, length = kPanel / channels.slices;
   const bool once = channels.width >= job.lines;
-  const float first = job.upstream ? job.scale * *job.upstream : 0;
+  const float first = kOf == kTerms ? job.scale * job.upstream[0] : 0;
   // The block's items lie `between` apart in their tensor [N, G, C] or [G, K, C].
   const int64_t between = kOwnRows ? job.groups * job.channels : job.channels;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kOwn;
@@ -264,7 +281,6 @@ static __global__ void __launch_bounds__(kTileThreads, 2)
   const int64_t items = own.count - item < kOwn ? own.count - item : kOwn;
 
   int held = 0;
-  float total[4][4] = {};
   copy_step(place.own, place.other + from * place.size, steps);
   for (int panel = from; panel < to; ++panel) {
     const float* const other = place.other + panel * place.size;
@@ -275,22 +291,36 @@ static __global__ void __launch_bounds__(kTileThreads, 2)
       cp_async_commit();
     };
     {
-      float u[kTall][kWide], a[kTall][kWide];
-      pairs<kOwnRows, kOf>(job, place, panel, panel + 1 < to, steps, &held, u, a);
-      copy_values(0);
-      const int64_t row_at = kOwnRows ? place.own_at : place.other_at + static_cast<int64_t>(panel) * kPanel;
-      const Numbers<kOwnRows> offset(job.offset + row_at, place.across, place.down);
-#pragma unroll
-      for (int r = 0; r < kTall; ++r) {
-#pragma unroll
-        for (int k = 0; k < kWide; ++k) {
-          const float slope = p_of(u[r][k]) * fmaf(first, u[r][k], a[r][k] + offset.at(r, k));
-          u[r][k] = u[r][k] > kLowest ? slope : 0;
-        }
-        float* const to_row = slopes + (kTall * place.down + r) * kStride + 4 * place.across;
-        *reinterpret_cast<float4*>(to_row) = make_float4(u[r][0], u[r][1], u[r][2], u[r][3]);
-        *reinterpret_cast<float4*>(to_row + kPanel / 2) = make_float4(u[r][4], u[r][5], u[r][6], u[r][7]);
+      const float* const next = panel + 1 < to ? other + place.size : nullptr;
+      float* const mine = slopes + kTall * place.down * kStride + 4 * place.across;
+      float ds[kTall][kWide];
+      if (kOf == kProducts) {  // p waits in shared memory for a
+        logits(job, place, panel, place.own2, place.other2 + panel * place.size2, steps, &held, ds);
+        set_pairs(ds, [&](int r, int k) { return p_of(ds[r][k]); });
+        store_tile(ds, mine);
+        second_product(job, place, panel, next ? place.own : nullptr, next, steps, &held, ds);
+      } else {
+        logits(job, place, panel, next ? place.own : nullptr, next, steps, &held, ds);
       }
+      copy_values(0);
+      const Numbers<kOwnRows> offset(job.offset + place.row_at(panel), place.across, place.down);
+      if (kOf == kProducts) {
+#pragma unroll
+        for (int r = 0; r < kTall; ++r) {
+          float p[kWide];
+          load_four(mine + r * kStride, p);
+          load_four(mine + r * kStride + kPanel / 2, p + kWide / 2);
+#pragma unroll
+          for (int k = 0; k < kWide; ++k) ds[r][k] = p[k] > 0 ? p[k] * (ds[r][k] + offset.at(r, k)) : 0;
+        }
+      } else {
+        const Numbers<!kOwnRows> term(job.term + place.code_at(panel), place.across, place.down);
+        set_pairs(ds, [&](int r, int k) {
+          const float u = ds[r][k], slope = p_of(u) * fmaf(first, u, term.at(r, k) + offset.at(r, k));
+          return u > kLowest ? slope : 0;
+        });
+      }
+      store_tile(ds, mine);
     }
     for (int at = 0; at < job.lines; at += channels.width) {
       if (at > 0) {
@@ -322,7 +352,8 @@ static __global__ void __launch_bounds__(kTileThreads, 2)
         for (int w = 0; w < 4; ++w) {
           const int row = mine + r * kApart, channel = at + team + w * teams;
           if (once) {
-            total[r][w] += sum[r][w];
+            float* const there = parts + (slice * kOwn + row) * channels.width + channel;
+            *there = panel == from ? sum[r][w] : *there + sum[r][w];
           } else if (row < items && channel < job.channels) {
             float* const there = out + row * between + channel;
             *there = panel == from ? sum[r][w] : *there + sum[r][w];
@@ -332,15 +363,6 @@ static __global__ void __launch_bounds__(kTileThreads, 2)
     }
   }
   if (!once) return;
-  __syncthreads();
-  float* const parts = slopes;  // [slices][64][width]
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w)
-      if (slice < channels.slices)
-        parts[(slice * kOwn + mine + r * kApart) * channels.width + team + w * teams] = total[r][w];
-  }
   __syncthreads();
   for (int i = tid; i < kOwn * channels.width; i += kTileThreads) {
     const int row = i / channels.width, channel = i % channels.width;
