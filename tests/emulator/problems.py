@@ -74,9 +74,15 @@ def softmaxes() -> None:
         x, codebook = rows(37, 2, 9, seed=20, dtype=torch.float32), table(2, 131, 9, seed=21)
         x.requires_grad_(), codebook.requires_grad_()
         gradients(ops.entropy_loss(x, codebook, metric=metric, temperature=0.3), [x, codebook], seed=22)
-    inputs = [rows(40, 9, seed=23, dtype=torch.float32), table(131, 9, seed=24), table(131, 5, seed=25)]
-    inputs = [t.requires_grad_() for t in inputs]
-    gradients(ops.soft_quantize(*inputs), inputs, seed=26)
+    # Ranges of codes, ranges of rows, and more channels than are added at once; eight channels are one copy.
+    for n, k, width in ((20, 600, 8), (600, 33, 3), (70, 140, 72)):
+        inputs = [rows(n, 1, width, seed=27, dtype=torch.float32), table(1, k, width, seed=28)]
+        inputs = [t.requires_grad_() for t in inputs]
+        gradients(ops.entropy_loss(*inputs, metric="dot", temperature=3.0), inputs, seed=29)
+    for n, k, width, out in ((40, 131, 9, 5), (70, 140, 72, 3), (20, 600, 3, 70)):
+        inputs = [rows(n, width, seed=23, dtype=torch.float32), table(k, width, seed=24), table(k, out, seed=25)]
+        inputs = [t.requires_grad_() for t in inputs]
+        gradients(ops.soft_quantize(*inputs), inputs, seed=26)
 
 
 def multiscale() -> None:
