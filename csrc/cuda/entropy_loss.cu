@@ -1,8 +1,8 @@
 // entropy_loss and its backward; equations in cpu/entropy_loss.cpp, passes in softmax.cuh.
 // Forward: pack rows and codes, the rows' best logits, sweep<rows> with a = u, then log Z_n and H_n = log Z_n - <u>_n;
 // sweep<codes> gives the means m_k; both losses are added in double over blocks, then by one block. Nine launches.
-// Backward, with t_k = g2' (log(m_k + eps) + m_k / (m_k + eps)), g' = -g / (N G): pack, best logits, t, sweep<rows> with
-// a = t, then offset_n = g1' H_n - <t>_n, and for each gradient spread with first = g1', a = t, and the sum of its
+// Backward, with t_k = g2' (log(m_k + eps) + m_k / (m_k + eps)), g' = -g / (N G): pack, best logits, t, sweep<rows>
+// with a = t, then offset_n = g1' H_n - <t>_n, and for each gradient spread with first = g1', a = t, and the sum of its
 // ranges where blocks share a tile: eight to ten launches.
 // Per pair: forward 2 C multiply-adds and 2 exps, backward 5 C and 3. N = 4096, K = 32768, C = 8 / 40, forward: 2.1 /
 // 10.7 GFMA and 0.27 G exps: at least 0.22 / 1.1 ms on an A100, 0.064 / 0.32 ms on an H100, backward 2.5 times that;
@@ -11,7 +11,7 @@
 // Paper arithmetic, never run on a GPU. Source: Yu et al., 2310.05737 (entropy); TokenFlow, 2412.03069.
 #include "common/ops.h"
 #include "cuda/block_sum.cuh"
-#include "cuda/softmax.cuh"
+#include "cuda/softmax_spread.cuh"
 
 TOKENFLOW_BEGIN
 
@@ -61,8 +61,7 @@ static __global__ void __launch_bounds__(kTileThreads) terms_kernel(Softmax job,
   job.term[i] = mean > 0 ? job.scale * job.upstream[1] * (log_of(shifted) + mean / shifted) : 0;
 }
 
-static __global__ void __launch_bounds__(kTileThreads)
-    offsets_kernel(Softmax job, int ranges, const float* entropies) {
+static __global__ void __launch_bounds__(kTileThreads) offsets_kernel(Softmax job, int ranges, const float* entropies) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
   const int64_t g = quotient(i, job.rows.count), n = i - g * job.rows.count;
   if (g >= job.groups) return;

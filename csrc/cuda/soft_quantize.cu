@@ -7,7 +7,7 @@
 // 64 C partial sums: some 150 MB, 75 us on an A100. Paper arithmetic, never run on a GPU.
 // Source: IBQ, 2412.02692; CODA, 2503.17760.
 #include "common/ops.h"
-#include "cuda/softmax.cuh"
+#include "cuda/softmax_spread.cuh"
 
 TOKENFLOW_BEGIN
 
