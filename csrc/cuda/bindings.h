@@ -2,6 +2,7 @@
 #pragma once
 #include "common/multiscale_ops.h"
 #include "common/ops.h"
+#include "cuda/mma_probe.h"
 #include "door.h"
 
 namespace tokenflow_ext {
@@ -33,6 +34,11 @@ inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(multiscale_decode_backward);
   TOKENFLOW_CUDA_OP(multiscale_chain);
   TOKENFLOW_CUDA_OP(multiscale_chain_backward);
+  TOKENFLOW_CUDA_OP(mma_probe);
+  m.def("certify", [](bool wanted) {  // returns what was
+    std::swap(wanted, certified_on_cuda);
+    return wanted;
+  });
 }
 
 }  // namespace tokenflow_ext

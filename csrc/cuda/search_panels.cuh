@@ -7,7 +7,8 @@
 
 TOKENFLOW_BEGIN
 
-constexpr int kPanel = 128;  // codes
+constexpr int kPanel = 128;               // codes
+constexpr int64_t kMaxShared = 99 << 10;  // bytes that a block may have on every architecture
 
 TOKENFLOW_DEVICE static inline int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -64,6 +65,10 @@ static __device__ __forceinline__ void multiply(const float* rows, const float* 
     }
   }
 }
+
+// How many panels a block meets: so many blocks share those of a tile that the waves of blocks, two on a
+// multiprocessor, are few and full. Making its rows costs a block about two panels.
+int64_t share_of(const Call& call, int64_t tiles, int64_t panels);
 
 // One launch.
 void pack(Call& call, const Packing& job, int64_t groups);

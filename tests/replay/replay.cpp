@@ -15,6 +15,7 @@
 #include "common/multiscale_ops.h"
 #include "common/ops.h"
 #if defined(TOKENFLOW_EMULATED)
+#include "cuda/mma_probe.h"
 #include "cuda_emulator.h"
 #else
 #include "cpu/isa.h"
