@@ -43,7 +43,7 @@ struct SearchedRows {
 };
 
 // `codebook` is [G, K, C] or [K, C] of float32, checked by the caller; ids lo .. hi - 1 are searched, at most
-// `max_rows` rows at once. Certified where the call asks for it and the rows are not too wide (560 channels).
+// `max_rows` rows at once. Certified where the call asks for it and the rows are not too wide (656 channels).
 Searched take_codes(Call& call, const View& codebook, const Tables& tables, int64_t lo, int64_t hi, int64_t max_rows);
 
 // One launch, two where certified. Also fills keys[0, count) with kNoKey, which every score beats.
