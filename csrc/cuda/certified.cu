@@ -36,7 +36,7 @@ struct Scan {
   const float* panels;    // in float32, for their starting scores
   int64_t first;          // row of this batch, a multiple of 128
   int64_t row_panels;     // of a group
-  int channels, panels_, share, quarter;  // panels of a group, those that a block meets, those in fours
+  int channels, all_panels, share, quarter;  // panels of a group, those that a block meets, those in fours
   int64_t batch;          // rows of a group in `minima`
   float* minima;
 };
@@ -44,28 +44,25 @@ struct Scan {
 template <int kTall>  // sixteens of rows a warp
 static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) {
   constexpr int kSixteens = 4 * kTall, kRows = 16 * kSixteens;
-  DYNAMIC_SHARED(uint4, rows);
+  DYNAMIC_SHARED(float, starts);                                    // [2][128]
+  uint4* const codes = reinterpret_cast<uint4*>(starts + 2 * kPanel);  // [2][kAhead][8][32]
+  uint4* const rows = codes + 2 * kAhead * kStepFours;                 // [steps][kSixteens][32]
   const int steps = (job.channels + 15) / 16, lines = padded(job.channels), tid = threadIdx.x;
-  uint4* const codes = rows + steps * kSixteens * 32;                          // [2][kAhead][8][32]
-  float* const starts = reinterpret_cast<float*>(codes + 2 * kAhead * kStepFours);  // [2][128]
   const int lane = tid % 32, across = tid / 32 % 2, down = tid / 64, t = lane % 4;
   const int64_t group = blockIdx.z, first = job.first + static_cast<int64_t>(blockIdx.x) * kRows;
   const int from = static_cast<int>(blockIdx.y) * job.share;
-  const int to = from + job.share < job.panels_ ? from + job.share : job.panels_;
+  const int to = from + job.share < job.all_panels ? from + job.share : job.all_panels;
 
   const uint4* const row_panel = job.rows + (group * job.row_panels + first / kPanel) * steps * kStepFours +
                                  first % kPanel / 16 * 32;
   for (int i = tid; i < steps * kSixteens * 32; i += kScanThreads)
     cp_async16(rows + i, row_panel + i / (kSixteens * 32) * kStepFours + i % (kSixteens * 32));
-  // The next steps of codes; a panel lies behind the last one, as its starting scores do.
-  const uint4* next = job.codes + (group * job.panels_ + from) * steps * kStepFours + tid;
-  const int64_t panel_size = static_cast<int64_t>(lines + 1) * kPanel;
-  const float* next_starts = job.panels + (group * job.panels_ + from) * panel_size + lines * kPanel + 4 * tid;
-  const auto copy = [&](int at, int into) {
-    if (at == 0) {
-      if (tid < kPanel / 4) cp_async16(starts + into * kPanel + 4 * tid, next_starts);
-      next_starts += panel_size;
-    }
+  // The next steps of codes; a panel lies behind the last one.
+  const uint4* next = job.codes + (group * job.all_panels + from) * steps * kStepFours + tid;
+  const auto copy = [&](int panel, int at, int into) {
+    if (at == 0 && tid < kPanel / 4)
+      cp_async16(starts + into * kPanel + 4 * tid,
+                 job.panels + ((group * job.all_panels + panel) * (lines + 1) + lines) * kPanel + 4 * tid);
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       if (at + s == steps) break;
@@ -74,8 +71,10 @@ static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) 
     }
     cp_async_commit();
   };
-  copy(0, 0);
+  copy(from, 0, 0);
 
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + down * kTall * 16 + lane / 4;  // of the batch
+  float* const minima = job.minima + ((group * job.batch + row) * 2 + across) * job.quarter;
   float kept[kTall][2];
   int held = 0;
   for (int panel = from; panel < to; ++panel) {
@@ -84,7 +83,7 @@ static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) 
       cp_async_wait<0>();
       __syncthreads();
       const bool ends = at + kAhead >= steps;
-      if (!ends || panel + 1 < to) copy(ends ? 0 : at + kAhead, held ^ 1);
+      if (!ends || panel + 1 < to) copy(panel + ends, ends ? 0 : at + kAhead, held ^ 1);
       if (at == 0) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -95,9 +94,8 @@ static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) 
             score[i][j][0] = score[i][j][2] = start.x, score[i][j][1] = score[i][j][3] = start.y;
         }
       }
-#pragma unroll
-      for (int s = 0; s < kAhead; ++s) {
-        if (at + s == steps) break;
+#pragma unroll 1  // fragments of one step at a time have the registers
+      for (int s = 0; s < kAhead && at + s < steps; ++s) {
         unsigned a[kTall][4];
 #pragma unroll
         for (int i = 0; i < kTall; ++i) {
@@ -129,8 +127,7 @@ static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) 
         if (panel % 4 == t) kept[i][half] = low;
         const int mine = panel / 4 * 4 + t;
         if ((panel % 4 != 3 && panel + 1 != to) || mine < from || mine > panel) continue;
-        const int64_t row = first - job.first + (down * kTall + i) * 16 + half * 8 + lane / 4;
-        job.minima[((group * job.batch + row) * 2 + across) * job.quarter + mine] = kept[i][half];
+        minima[(i * 16 + half * 8) * 2 * job.quarter + mine] = kept[i][half];
       }
     }
   }
@@ -234,8 +231,8 @@ static __global__ void __launch_bounds__(kResolved * 32) resolve_kernel(Resolve 
 template <int kTall>
 static void scan(Call& call, Scan job, int64_t rows, int64_t groups) {
   const int64_t tiles = pieces_of(rows, 64 * kTall);
-  job.share = static_cast<int>(share_of(call, tiles * groups, job.panels_));
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(pieces_of(job.panels_, job.share)),
+  job.share = static_cast<int>(share_of(call, tiles * groups, job.all_panels));
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(pieces_of(job.all_panels, job.share)),
                   static_cast<unsigned>(groups));
   launch(call, scan_kernel<kTall>, grid, dim3(kScanThreads), static_cast<size_t>(bytes_of_scan(kTall, job.channels)),
          job);
