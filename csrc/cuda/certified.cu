@@ -188,7 +188,7 @@ static __global__ void __launch_bounds__(kResolved * 32) resolve_kernel(Resolve 
   __syncthreads();
   if (n >= job.count) return;
   const float4 sizes = job.row_sizes[at];
-  if (sizes.z != 0) return;  // not finite
+  const bool finite = sizes.z == 0;
   const RowBound bound = bound_of(sizes.x, sizes.y, job.channels);
   const float* const row = rows + tid / 32;
   const float* const panels = job.panels + group * job.panel_count * static_cast<int64_t>(lines + 1) * kPanel;
@@ -196,7 +196,7 @@ static __global__ void __launch_bounds__(kResolved * 32) resolve_kernel(Resolve 
   const float* const minima = job.minima + (group * job.batch + n - job.first) * 2 * job.quarter;
 
   // Where minima lie: i of [2][panels in fours] is half i / quarter of panel i % quarter.
-  const int places = 2 * job.quarter;
+  const int places = finite ? 2 * job.quarter : 0;  // else the row keeps its key
   u64 first = kNoKey;
   for (int i = lane; i < places; i += 32) {
     if (i % job.quarter >= job.panel_count) continue;
@@ -204,8 +204,8 @@ static __global__ void __launch_bounds__(kResolved * 32) resolve_kernel(Resolve 
     first = key < first ? key : first;
   }
   const int start = static_cast<int>(id_of(lowest_of_warp(first)));
-  u64 key = score_segment(job, panels, row, start % job.quarter, start / job.quarter);
-  int scored = 1;
+  u64 key = finite ? score_segment(job, panels, row, start % job.quarter, start / job.quarter) : kNoKey;
+  int scored = finite;
   for (int base = 0; base < places && scored <= job.most; base += 32) {
     const int i = base + lane, panel = i % job.quarter;
     bool left = i < places && panel < job.panel_count && i != start;

@@ -217,7 +217,9 @@ void before_atomic() {
 }
 
 static void begin_block(dim3 block, uint3 index) {
-  ++engine.sets[engine.set].block;
+  Set& set = engine.sets[engine.set];
+  set.block += set.used;  // one that used none hands nothing on: the next follows the one before
+  set.used = false;
   engine.live = engine.threads;
   engine.waiting = 0;
   for (auto& warp : engine.meetings)

@@ -50,7 +50,8 @@ constexpr int kSets = 1;
 
 struct Set {
   Fiber fibers[kMaxThreads];
-  int block;     // of its blocks
+  int block;     // of its blocks that used shared memory
+  bool used;     // by the last one
   char tags[2];  // from what a block did in shared memory to what the next does
   alignas(4096) char shared[kArena];
 };
