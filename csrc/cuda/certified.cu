@@ -47,7 +47,7 @@ struct Scan {
 };
 
 template <int kTall>  // sixteens of rows a warp
-static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) {
+static __global__ void __launch_bounds__(kScanThreads, 2) certified_kernel(Scan job) {
   constexpr int kSixteens = 4 * kTall, kRows = 16 * kSixteens;
   DYNAMIC_SHARED(float, starts);                                       // [2][128]
   uint4* const codes = reinterpret_cast<uint4*>(starts + 2 * kPanel);  // [2][kAhead][8][32]
@@ -178,7 +178,7 @@ static __device__ __forceinline__ u64 score_segment(const Resolve& job, const fl
   return lowest_of_warp(key);
 }
 
-static __global__ void __launch_bounds__(kResolved * 32) resolve_kernel(Resolve job) {
+static __global__ void __launch_bounds__(kResolved * 32, 4) resolve_kernel(Resolve job) {
   DYNAMIC_SHARED(float, rows);  // [channels][kResolved]
   const int tid = threadIdx.x, lane = tid % 32, lines = padded(job.channels);
   const int64_t group = blockIdx.z, block = static_cast<int64_t>(blockIdx.x) * kResolved;
@@ -237,8 +237,8 @@ static void scan(Call& call, Scan job, int64_t rows, int64_t groups) {
   job.share = static_cast<int>(share_of(call, tiles * groups, job.all_panels));
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(pieces_of(job.all_panels, job.share)),
                   static_cast<unsigned>(groups));
-  launch(call, scan_kernel<kTall>, grid, dim3(kScanThreads), static_cast<size_t>(bytes_of_scan(kTall, job.channels)),
-         job);
+  launch(call, certified_kernel<kTall>, grid, dim3(kScanThreads),
+         static_cast<size_t>(bytes_of_scan(kTall, job.channels)), job);
 }
 
 void search_certified(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys) {

@@ -63,7 +63,7 @@ def test_ids_and_scores_have_the_bits_of_float32(core, rows, codes, width, group
     if rows > 4:
         x[0], x[1], x[2, 0, 0], x[3, 0, width - 1] = codebook[0, 0], 0, torch.nan, -torch.inf
     same(x, codebook, metric=metric)
-    assert any("scan_kernel" in kernel for kernel in kernels(core)) == (rows > 0)
+    assert any("certified_kernel" in kernel for kernel in kernels(core)) == (rows > 0)
     if codes > 64:
         same(x, codebook, metric=metric, window=(3, codes - 2))
 
@@ -80,9 +80,9 @@ def test_which_kernels_run(core):
         assert ran() == ["search_kernel<32, true>", "unpack_kernel"]
     rounds = ["round_kernel", "round_kernel"]
     with search_precision("certified"):
-        once = [*rounds, "scan_kernel<1>", "resolve_kernel", "search_kernel<128, true>", "unpack_kernel"]
+        once = [*rounds, "certified_kernel<1>", "resolve_kernel", "search_kernel<128, true>", "unpack_kernel"]
         assert ran() == once
-        assert ran(rows=65)[2] == "scan_kernel<2>" and ran(rows=65, width=321)[2] == "scan_kernel<1>"
+        assert ran(rows=65)[2] == "certified_kernel<2>" and ran(rows=65, width=321)[2] == "certified_kernel<1>"
         assert ran(topk=2) == [*once, "search_kernel<32, true>", "unpack_kernel"]
         assert ran(width=657) == ["search_kernel<32, false>", "unpack_kernel"]
     assert ran() == ["search_kernel<32, true>", "unpack_kernel"]

@@ -12,8 +12,6 @@
 //   worst_up, worst_down  the exact sum, moved by 2^-16 (|c| + sum |a b|), which is all that cuda/certified.cuh allows
 #include "engine.h"
 
-#undef mma_bf16
-
 namespace cuda_emulator {
 
 constexpr int kDepth = 16;  // products of one mma
