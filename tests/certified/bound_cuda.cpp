@@ -60,7 +60,7 @@ static void check(const Problem& p, std::vector<Mutant>& mutants) {
   call.device = -1;
   call.counting = call.certified = true;
   take_codes(call, book, tables, 0, count, kRows);
-  std::vector<u64> memory(call.taken / 8 + 8), keys(kRows);
+  std::vector<u64> memory(call.taken / 8 + 8, ~0ull), keys(kRows);
   call.size = call.taken;
   call.taken = 0;
   call.counting = false;
@@ -70,6 +70,7 @@ static void check(const Problem& p, std::vector<Mutant>& mutants) {
   pack_codes(call, codes, keys.data(), kRows);
   search_certified(call, codes, {p.x.data(), kFloat32, kRows, n}, keys.data());
   if (call.failure) std::fprintf(stderr, "%s\n", call.failure), std::exit(2);
+  if (*codes.certified.failed > 1) std::fprintf(stderr, "the marks of tiles do not begin at 0\n"), std::exit(2);
   const int64_t lines = padded(n), quarter = pieces_of(pieces_of(count, kPanel), 4) * 4;
   for (int64_t r = 0; r < kRows; ++r) {
     const float4 row = codes.certified.row_sizes[r];
