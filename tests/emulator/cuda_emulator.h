@@ -1,10 +1,10 @@
 // CUDA C++ as plain C++17: what kernels that include cuda/gpu.h may say. One fiber is one CUDA thread, one block runs
 // after another, all on the OS thread that launches; a second launch waits for the first. "Device memory" is the
-// host's.
+// host's. Kernels that ptx.py translated from nvcc's PTX, where a program has them, run in place of the compiled ones.
 //
-// To run a kernel: compile it, the emulator's five files, and a main of your own that calls the op as any function,
+// To run a kernel: compile it, the emulator's files, and a main of your own that calls the op as any function,
 //   g++ -std=c++17 -O2 -ffp-contract=off -DTOKENFLOW_EMULATED -DTOKENFLOW_ISA=cuda -I csrc -I tests/emulator
-//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,names,warp}.cpp my_main.cpp
+//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,names,ptx,warp}.cpp my_main.cpp
 // and look at call.failure, the error of the launch as a sentence. With
 //   -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 // memory is checked to the byte (malloc every tensor in its exact size). Races are found by ThreadSanitizer, which must
@@ -69,6 +69,7 @@ struct Launch {
   const char* kernel;  // its name, template arguments included
   dim3 grid, block;
   size_t dynamic_shared, static_shared;
+  bool from_ptx;
 };
 std::vector<Launch> take_launches();  // those since the last call, while config().log was set
 
@@ -99,9 +100,19 @@ bool issue_copy(void* to, const void* from, int bytes);  // whether it lands at 
 void commit_copies();
 const Copy* next_landing(int groups_left);  // that has to be there now; or none
 
-// Runs the grid; the error, or nullptr.
+// The arguments as the GPU gets them: one after another, each at a multiple of its alignment.
+template <class... P>
+struct Parameters {
+  alignas(16) unsigned char bytes[((sizeof(P) + alignof(P)) + ... + 1)];
+  explicit Parameters(const P&... each) {
+    size_t at = 0;
+    ((at = (at + alignof(P) - 1) / alignof(P) * alignof(P), memcpy(bytes + at, &each, sizeof(P)), at += sizeof(P)), ...);
+  }
+};
+
+// Runs the grid: `thread` on the arguments or, translated from PTX, on the parameters. The error, or nullptr.
 const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const void*),
-                const void* arguments);
+                const void* arguments, const void* parameters);
 
 template <class... P>
 const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, P... args) {
@@ -115,7 +126,8 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_s
     const Arguments* const a = static_cast<const Arguments*>(given);
     std::apply(a->kernel, a->values);
   };
-  return run(reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, thread, &arguments);
+  const Parameters<P...> parameters(args...);
+  return run(reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, thread, &arguments, parameters.bytes);
 }
 
 template <class To, class From>

@@ -1,9 +1,11 @@
 """The CUDA kernels as a program: recorded calls of the ops replayed on them, in each mode, whole or as a mutant."""
 
+import functools
 import os
 import re
 import subprocess
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from replay import Call, differences, read_results
 
 from emulator.mutants import CUDA, Mutant, reached
+from emulator.nvcc import Edit, translation
 from emulator.programs import FOLDER, ROOT, Ran, build, places, run
 
 DOOR = (CUDA / "bindings.h").read_text()
@@ -19,14 +22,29 @@ OPS = re.findall(r"TOKENFLOW_CUDA_OP\((\w+)\);", DOOR)
 KERNELS = sorted(file for file in CUDA.glob("*.cu") if file.name != "device.cu")
 
 
-def program(mode: str, mutant: Mutant | None = None, source: Path | None = None) -> Path:
-    """tests/replay/replay.cpp with all kernels; those of one source as a mutant."""
+@functools.cache
+def _sources() -> dict[Path, tuple[str, ...]]:
+    """tests/replay/replay.cpp and all kernels, with their flags."""
     folder = Path(FOLDER.name)
     (folder / "ops.inc").write_text("".join(f"TOKENFLOW_CUDA_OP({op});\n" for op in OPS))
-    sources = {**dict.fromkeys(KERNELS, ()), ROOT / "tests/replay/replay.cpp": (f"-I{folder}",)}
+    return {**dict.fromkeys(KERNELS, ()), ROOT / "tests/replay/replay.cpp": (f"-I{folder}",)}
+
+
+def program(mode: str, mutant: Mutant | None = None, source: Path | None = None) -> Path:
+    """The program that makes recorded calls; with the kernels of one source as a mutant."""
     if mutant is None:
-        return build("replay", mode, sources)
-    return build(f"{mutant.file.name}-{mutant.start}-{source.stem}", mode, mutant.change(sources, source))
+        return build("replay", mode, _sources())
+    return build(f"{mutant.file.name}-{mutant.start}-{source.stem}", mode, mutant.change(_sources(), source))
+
+
+def ptx_program(mode: str, architecture: int, edits: dict[str, Edit] | None = None) -> Path:
+    """The same program, whose kernels are nvcc's PTX for an architecture, after edits (by the source's name) of that."""
+    edits = edits or {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda source: translation(source, architecture, edit=edits.get(source.name)), KERNELS)
+        sources = {**_sources(), **dict.fromkeys(made, ())}
+    name = zlib.crc32(" ".join(sorted(map(str, sources))).encode())
+    return build(f"ptx-{name:08x}", mode, sources)
 
 
 def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:

@@ -188,7 +188,7 @@ int main(int argc, char** argv) {
   std::printf("%s %lld\n", kIsaNames[isa], static_cast<long long>(calls));
 #if defined(TOKENFLOW_EMULATED)
   for (const auto& l : cuda_emulator::take_launches())
-    std::printf("%s: %u threads, %zu + %zu shared bytes\n", l.kernel, l.block.x * l.block.y * l.block.z,
-                l.dynamic_shared, l.static_shared);
+    std::printf("%s: %u threads, %zu + %zu shared bytes%s\n", l.kernel, l.block.x * l.block.y * l.block.z,
+                l.dynamic_shared, l.static_shared, l.from_ptx ? ", from PTX" : "");
 #endif
 }
