@@ -37,11 +37,16 @@ def program(mode: str, mutant: Mutant | None = None, source: Path | None = None)
     return build(f"{mutant.file.name}-{mutant.start}-{source.stem}", mode, mutant.change(_sources(), source))
 
 
-def ptx_program(mode: str, architecture: int, edits: dict[str, Edit] | None = None) -> Path:
-    """The same program, whose kernels are nvcc's PTX for an architecture, after edits (by the source's name) of that."""
-    edits = edits or {}
+@functools.cache
+def ptx_program(mode: str, architecture: int, only: tuple[str, ...] = (), edit: Edit | None = None) -> Path:
+    """The same program, whose kernels are nvcc's PTX for an architecture.
+
+    With `only`, those of these sources alone: a launch of another one is an error. The first of them may be edited.
+    """
+    chosen = [source for source in KERNELS if not only or source.name in only]
+    edits = {only[0]: edit} if edit else {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda source: translation(source, architecture, edit=edits.get(source.name)), KERNELS)
+        made = pool.map(lambda source: translation(source, architecture, edit=edits.get(source.name)), chosen)
         sources = {**_sources(), **dict.fromkeys(made, ())}
     name = zlib.crc32(" ".join(sorted(map(str, sources))).encode())
     return build(f"ptx-{name:08x}", mode, sources)
@@ -54,6 +59,17 @@ def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
         file.write_bytes(b"".join(call.encoded for call in calls))
         ran = run(program, str(file), str(results), **schedule)
         return ran, read_results(results, calls) if ran.code == 0 else []
+
+
+@functools.cache
+def expected() -> list[Call]:
+    """The calls of all problems, with what the kernels make of them in the plainest way."""
+    from emulator.problems import recorded
+
+    given = recorded()
+    ran, made = replay(program("plain"), given)
+    assert ran.code == 0, ran.text
+    return expecting(given, made)
 
 
 def expecting(calls: list[Call], made: list) -> list[Call]:

@@ -48,6 +48,7 @@ def ptx_of(source: Path, architecture: int, include: tuple[str, ...] = ()) -> st
     return made.read_text()
 
 
+@functools.cache
 def translation(source: Path, architecture: int, include: tuple[str, ...] = (), edit: Edit | None = None) -> Path:
     """A source's kernels as C++ made of its PTX, after an edit of that. One file for all PTX that says the same."""
     text = ptx_of(source, architecture, include)

@@ -100,6 +100,16 @@ inline T with_field(T a, T b, uint32_t start, uint32_t length) {
   const T ones = length < sizeof(T) * 8 ? (T(1) << length) - 1 : ~T(0);
   return (b & ~shifted_left(ones, start)) | shifted_left(static_cast<T>(a & ones), start);
 }
+// Four of the eight bytes of b and a, or their signs.
+inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t chosen) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t made = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t which = chosen >> 4 * i & 15, byte = bytes >> 8 * (which & 7) & 255;
+    made |= (which & 8 ? byte >> 7 ? 255u : 0u : byte) << 8 * i;
+  }
+  return made;
+}
 inline uint32_t reversed(uint32_t v) {
   uint32_t bits = 0;
   for (int i = 0; i < 32; ++i) bits |= (v >> i & 1) << (31 - i);

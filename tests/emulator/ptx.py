@@ -44,7 +44,7 @@ STATEMENT = re.compile(
 )
 LOCATION = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name [^,]+, inlined_at (\d+) (\d+) \d+)?\s*")
 REGISTERS = re.compile(r"\.reg\s+\.(pred|[bf](?:16|32|64))\s+(.*)", re.DOTALL)
-SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.([bf])(\d+)\s+([\w$]+)(?:\[(\d+)\])?")
+SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.([busf])(\d+)\s+([\w$]+)(?:\[(\d+)\])?")
 INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.]*)(?:\s+(.*))?", re.DOTALL)
 OPERAND = re.compile(r"\s*((?:\{[^}]*\}|\[[^]]*\]|[^,{}\[\]])+)(?:,|$)")
 

@@ -57,6 +57,7 @@ VALUES: list[tuple[str, str, str]] = [
     (r"shr\.[bu](16|32|64)", r"u\1", r"shifted_right<u\1>({1:u\1}, {2:u32})"),
     (r"shr\.s(16|32|64)", r"s\1", r"shifted_right<s\1>({1:s\1}, {2:u32})"),
     (r"bfi\.b(32|64)", r"u\1", r"with_field<u\1>({1:u\1}, {2:u\1}, {3:u32}, {4:u32})"),
+    (r"prmt\.b32", "u32", "permuted({1:u32}, {2:u32}, {3:u32})"),
     (r"brev\.b32", "u32", "reversed({1:u32})"),
     (r"popc\.b(32|64)", "u32", r"__builtin_popcountll({1:u\1})"),
     (r"bfind\.shiftamt\.u32", "u32", "{1:u32} ? __builtin_clz({1:u32}) : ~0u"),
