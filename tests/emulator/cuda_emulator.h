@@ -25,6 +25,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -72,6 +73,14 @@ struct Launch {
   bool from_ptx;
 };
 std::vector<Launch> take_launches();  // those since the last call, while config().log was set
+
+// Of each kernel from PTX: how many of its instructions some thread ran, and where those begin that none did.
+struct Coverage {
+  std::string kernel;
+  int ran, all;
+  std::vector<const char*> missed;
+};
+std::vector<Coverage> coverage();
 
 struct Thread {
   uint3 thread, block;

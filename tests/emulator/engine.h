@@ -38,12 +38,20 @@ struct Lane : Thread {
   bool shares;  // has used shared memory
 };
 
+// Instructions of PTX that run one after another, and where the first is.
+struct Block {
+  const char* site;
+  int instructions;
+};
 // A kernel that ptx.py made.
 struct Translation {
   const char* file;
   const char* symbol;
   void (*thread)(const void* parameters);
   unsigned max_threads;
+  const Block* blocks;
+  const bool* seen;  // whether a block ever ran
+  int block_count;
 };
 bool any_translations();
 const Translation* translation_of(const void* kernel);  // or nullptr

@@ -62,11 +62,11 @@ def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
 
 
 @functools.cache
-def expected() -> list[Call]:
-    """The calls of all problems, with what the kernels make of them in the plainest way."""
-    from emulator.problems import recorded
+def expected(*parts: str) -> list[Call]:
+    """The calls of all problems, or of those parts, with what the kernels make of them in the plainest way."""
+    from emulator import problems
 
-    given = recorded()
+    given = problems.recorded(*(getattr(problems, part) for part in parts))
     ran, made = replay(program("plain"), given)
     assert ran.code == 0, ran.text
     return expecting(given, made)

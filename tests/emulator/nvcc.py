@@ -38,7 +38,7 @@ def flags() -> list[str]:
 
 
 @functools.cache
-def ptx_of(source: Path, architecture: int, include: tuple[str, ...] = ()) -> str:
+def ptx_of(source: Path, architecture: int, *include: str) -> str:
     """The PTX of a source, with the places of its lines."""
     made = Path(FOLDER.name) / f"{source.stem}-{architecture}.ptx"
     command = [nvcc(), *flags(), "-lineinfo", f"-arch=compute_{architecture}", "-ptx", *include]
@@ -51,7 +51,7 @@ def ptx_of(source: Path, architecture: int, include: tuple[str, ...] = ()) -> st
 @functools.cache
 def translation(source: Path, architecture: int, include: tuple[str, ...] = (), edit: Edit | None = None) -> Path:
     """A source's kernels as C++ made of its PTX, after an edit of that. One file for all PTX that says the same."""
-    text = ptx_of(source, architecture, include)
+    text = ptx_of(source, architecture, *include)
     changed = edit(text) if edit else text
     assert edit is None or changed != text, "an edit that changes nothing"
     made = translated(changed, source.name)

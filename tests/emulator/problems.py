@@ -60,6 +60,7 @@ def statistics() -> None:
             ops.ema_update_(*state, counts, sums, decay=0.9, metric=metric, normalize_mean=mean)
         codebook = table(2, 61, 5, seed=12, dtype=dtype).requires_grad_()
         gradients([ops.lookup(torch.stack([ids, ids.flip(0)], -1), codebook)], [codebook], seed=13)
+        ops.lookup(ids, table(61, 16, seed=14, dtype=dtype))  # codes of whole 16 bytes
         for outside in (lambda i: ops.lookup(i, codebook[0]), lambda i: ops.code_statistics(x.detach(), i, 61)):
             with contextlib.suppress(ValueError):
                 outside(ids % 70 - 4)
@@ -126,16 +127,51 @@ def multiscale() -> None:
         ops.multiscale_inputs(ids, codebooks, rule="chain", scales=options["scales"], size=5)
 
 
-def recorded() -> list[Call]:
-    """The calls of all problems of ops that have kernels, short ones first."""
+def wide() -> None:
+    """What takes kernels through loops that compilers unroll: wide rows, maps that shrink and grow many times."""
+    for i, dtype in enumerate(FLOATS):
+        x, ids = rows(77, 140, seed=30, dtype=dtype), torch.arange(77) % 3
+        gradients([ops.normalize_rows(x.requires_grad_())], [x], seed=31)
+        counts, sums = ops.code_statistics(x.detach(), ids, 64)
+        for mean in (False, True):
+            state = table(64, 140, seed=32), torch.ones(64), sums.nan_to_num().clone()
+            ops.ema_update_(*state, counts, sums, decay=0.9, metric=METRICS[i], normalize_mean=mean)
+        codebook = table(61, 140, seed=33, dtype=dtype).requires_grad_()
+        gradients([ops.lookup(ids, codebook)], [codebook], seed=34)
+        codes = table(3, 140, seed=35).requires_grad_()  # each of many rows
+        for metric in METRICS:
+            gradients(ops.quantize(x, codes, metric=metric), [x, codes], seed=36)
+        ops.nearest_code(x.detach(), table(300, 140, seed=37), topk=20, return_scores=True)
+    for mode in MODES:
+        features, scales = normal(2, 40, 24, 26, seed=38), [(1, 1), (2, 3), (7, 5), (13, 26), (24, 26)]
+        codebooks, options = [normal(37, w, seed=39) for w in (25, 15)], {"scales": scales, **MODES[mode]}
+        leaves = [t.requires_grad_() for t in (features, *codebooks)]
+        if options.pop("phi", False):
+            weight, bias = 0.05 * normal(2, 40, 40, 3, 3, seed=40), 0.1 * normal(2, 40, seed=41)
+            options["phi"] = weight.requires_grad_(), bias.requires_grad_(), 0.5, [s % 2 for s in range(len(scales))]
+            leaves += [weight, bias]
+        out = ops.multiscale_quantize(features, codebooks, **options)
+        gradients(out, leaves, seed=42)
+        ids, how = out.indices, decoding(options, features.shape[2:])
+        gradients([ops.multiscale_rows(features, ids, codebooks, **options)], [features], seed=43)
+        gradients([ops.multiscale_decode(ids, codebooks, **how)], leaves[1:], seed=44)
+        for rule in ("accumulate", "chain") if "phi" not in options else ("accumulate",):
+            gradients([ops.multiscale_inputs(ids, codebooks, rule=rule, **how)], leaves[1:], seed=45)
+
+
+PARTS = (search, quantizing, statistics, softmaxes, multiscale)
+
+
+def recorded(*parts) -> list[Call]:
+    """The calls of all problems, or of some, of ops that have kernels; short ones first."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     try:
         with warnings.catch_warnings(), record() as calls:
             warnings.simplefilter("ignore")
-            for part in (search, quantizing, statistics, softmaxes, multiscale):
+            for part in parts or PARTS:
                 part()
     finally:
         torch.use_deterministic_algorithms(False)
-    silent = set(OPS) - {call.op for call in calls}
+    silent = set(OPS) - {call.op for call in calls} if not parts else ()
     assert not silent, f"ops that no problem calls: {sorted(silent)}"
     return sorted((call for call in calls if call.op in OPS), key=lambda call: sum(map(len, call.before)))

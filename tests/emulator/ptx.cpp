@@ -27,6 +27,23 @@ const Translation* translation_of(const void* kernel) {
   return found == translations().end() ? nullptr : &found->second;
 }
 
+std::vector<Coverage> coverage() {
+  std::vector<Coverage> all;
+  for (const auto& each : translations()) {
+    const Translation& kernel = each.second;
+    Coverage of = {each.first.second, 0, 0, {}};
+    for (int b = 0; b < kernel.block_count; ++b) {
+      of.all += kernel.blocks[b].instructions;
+      if (kernel.seen[b])
+        of.ran += kernel.blocks[b].instructions;
+      else
+        of.missed.push_back(kernel.blocks[b].site);
+    }
+    all.push_back(of);
+  }
+  return all;
+}
+
 void no_address(const char* site, const char* what, uint64_t address, int bytes) {
   fail("%s: %d bytes at 0x%llx: %s", site, bytes, static_cast<unsigned long long>(address), what);
 }

@@ -35,6 +35,19 @@ struct Translations {
   void add(const Translation* first, int count);
 };
 
+// ThreadSanitizer would take the note for a race.
+#if defined(__SANITIZE_THREAD__)
+#define SEEN(block)
+#else
+#define SEEN(block) block = true;
+#endif
+
+// What is in a register before anything is: NaN, or a wrong number.
+template <class T>
+constexpr T unset() {
+  return std::is_floating_point<T>::value ? static_cast<T>(NAN) : static_cast<T>(0xbadbadbadbadbadbull);
+}
+
 extern char* shared_memory;  // of the block that runs; addresses in it are offsets
 [[noreturn]] void no_address(const char* site, const char* what, uint64_t address, int bytes);
 

@@ -122,6 +122,7 @@ class Operand:
 class Kernel:
     """One .entry on its way to a function."""
 
+    number: int
     name: str
     files: dict[str, Path]
     shared: dict[str, tuple[int, int]]  # of the file: name: (bytes, alignment)
@@ -135,6 +136,8 @@ class Kernel:
     code: list[str] = field(default_factory=list)  # with a new line where the place in the source changes
     place: tuple[Path | None, int] = (None, 0)
     told: tuple[Path | None, int] = (None, 0)  # the last #line
+    blocks: list[list] = field(default_factory=list)  # [site, instructions] of what runs as a whole
+    in_block: bool = False
 
     def declare(self, parameters: str, bounds: str) -> None:
         at = 0
@@ -215,6 +218,11 @@ class Kernel:
             self.code.append(f'\n#line {number} "{file}"\n')
         site = f'"{file.name if file else "?"}:{number} (PTX {line})"'
         made = re.sub(r"\bS\b(?=\))", site, made)
+        if not self.in_block:
+            self.code.append(f"SEEN(seen_{self.number}[{len(self.blocks)}])")
+            self.blocks.append([site, 0])
+        self.blocks[-1][1] += 1
+        self.in_block = not mnemonic.startswith("bra")
         if guard:
             made = f"if ({unless}{self.register(guard, 'pred')[0]}) {{ {made} }}"
         self.code.append(f"{{ {made} }}" if " q = " in made or " q; " in made else made)
@@ -226,7 +234,10 @@ class Kernel:
             each = [f"{numbered[1]}{i}" for i in range(int(numbered[2]))] if numbered else [name]
             made = {n: (f"v_{identifier(n)}" + (f"_{depth}" if depth else ""), type) for n in each}
             self.scopes[-1].update(made)
-            self.code.append(f"{type} {', '.join(variable for variable, _ in made.values())};")
+            start = " = {}" if type == "pred" else f" = unset<{type}>()"
+            self.code.append(
+                f"{type} {', '.join(variable + ('' if depth else start) for variable, _ in made.values())};"
+            )
 
     def locate(self, text: str) -> None:
         """The innermost place in our own files: what NVIDIA's headers do is said of the line that uses them."""
@@ -239,7 +250,7 @@ class Kernel:
                 self.place = path, int(number)
                 return
 
-    def function(self, number: int) -> str:
+    def function(self) -> str:
         if lost := self.unknown & self.read:
             raise NotTranslated(f"predicates of shuffles, which are read: {sorted(lost)}")
         arrays = [
@@ -247,7 +258,12 @@ class Kernel:
             f"offset_of(static_shared(&tag_{i}, {self.shared[name][0]}, {self.shared[name][1]}));"
             for i, name in enumerate(sorted(self.used))
         ]
-        head = f"static void kernel_{number}(const void* given) {{\n"
+        blocks = ", ".join(f"{{{site}, {count}}}" for site, count in self.blocks)
+        head = (
+            f"static bool seen_{self.number}[{len(self.blocks)}];\n"
+            f"static const Block blocks_{self.number}[] = {{{blocks}}};\n"
+            f"static void kernel_{self.number}(const void* given) {{\n"
+        )
         parameters = "const char* const parameters = static_cast<const char*>(given); (void)parameters;\n"
         return head + parameters + " ".join([*arrays, *self.code, "}"])
 
@@ -283,6 +299,7 @@ def _kernel(kernel: Kernel, text: str, at: int, end: int) -> Kernel:
                 kernel.locate(found["loc"])
             elif found["label"]:
                 kernel.code.append(f"{kernel.label(found['label'])}:;")
+                kernel.in_block = False
             elif found["brace"]:
                 kernel.code.append(found["brace"])
                 kernel.scopes.append({}) if found["brace"] == "{" else kernel.scopes.pop()
@@ -308,13 +325,17 @@ def translated(text: str, source: str) -> str:
         elif found["shared"]:
             shared[found["shared"]] = int(found["size"]), int(found["align"])
         elif found["entry"]:
-            kernel = Kernel(found["entry"], files, dict(shared), dynamic)
+            kernel = Kernel(len(kernels), found["entry"], files, dict(shared), dynamic)
             kernel.declare(found["parameters"], found["bounds"])
             end = _body_end(text, found.end("body"))
             kernels.append(_kernel(kernel, text, found.end("body"), end))
             at = end + 1
-    table = ", ".join(f'{{"{source}", "{k.name}", kernel_{i}, {k.max_threads}u}}' for i, k in enumerate(kernels))
-    functions = "\n".join(kernel.function(i) for i, kernel in enumerate(kernels))
+    table = ", ".join(
+        f'{{"{source}", "{k.name}", kernel_{k.number}, {k.max_threads}u, '
+        f"blocks_{k.number}, seen_{k.number}, {len(k.blocks)}}}"
+        for k in kernels
+    )
+    functions = "\n".join(kernel.function() for kernel in kernels)
     return (
         f'#include "ptx.h"\nnamespace cuda_emulator {{\n{functions}\n#line 1 "translations"\n'
         f"static const Translation translations[] = {{{table}}};\nstatic const Translations added(translations);\n}}\n"

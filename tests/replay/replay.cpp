@@ -190,5 +190,10 @@ int main(int argc, char** argv) {
   for (const auto& l : cuda_emulator::take_launches())
     std::printf("%s: %u threads, %zu + %zu shared bytes%s\n", l.kernel, l.block.x * l.block.y * l.block.z,
                 l.dynamic_shared, l.static_shared, l.from_ptx ? ", from PTX" : "");
+  for (const auto& c : cuda_emulator::coverage()) {
+    std::printf("PTX: %d of %d instructions of %s ran; not those at", c.ran, c.all, c.kernel.c_str());
+    for (const char* site : c.missed) std::printf(" %s", site);
+    std::puts("");
+  }
 #endif
 }
