@@ -6,6 +6,9 @@ import re
 
 import pytest
 from emulator.budgets import COMMAND, FILE, LIMITS, REGISTERS, cuobjdump, instructions, occupancy, threads, usage
+from emulator.budgets_table import PAGE, floor_columns, kernel_columns, row
+from emulator.floors import FLOORS
+from emulator.mutants import CUDA
 
 import tokenflow_ext
 
@@ -121,3 +124,20 @@ def test_every_architecture_is_in_the_file():
     assert set(re.findall(r"\.sm_(\d+)\.cubin", cuobjdump("--list-elf"))) == set(map(str, BUILT))
     embedded = re.findall(r"\.sm_(\d+)\.ptx", cuobjdump("--list-ptx"))
     assert set(embedded) == {str(BUILT[0]), str(BUILT[-1])}
+
+
+def test_the_page_says_what_the_file_says():
+    """docs/cuda_budgets.md: every kernel and floor, as they are now."""
+    lines = PAGE.read_text().splitlines()
+    for kernel, of in BUDGETS.items():
+        wanted = row(kernel_columns(kernel, of)).removesuffix(" |")
+        assert any(line.startswith(wanted) for line in lines), f"{wanted}: python tests/emulator/budgets.py --table"
+    assert [floor.op for floor in FLOORS if row(floor_columns(floor)) not in lines] == []
+
+
+@pytest.mark.parametrize("floor", FLOORS, ids=lambda floor: floor.op)
+def test_floors_are_those_of_the_headers(floor):
+    """The formula makes the number that the kernel's header states, within its digits."""
+    assert floor.stated in (CUDA / floor.file).read_text().split("#include")[0]
+    number = floor.computed / 2e9 if floor.file == "search.cu" else floor.bytes / 1e6
+    assert number == pytest.approx(float(floor.stated.removesuffix(" MB")), rel=0.035)

@@ -26,7 +26,7 @@ FAILS = {
     "dynamic_without_any": "DYNAMIC_SHARED in a launch without dynamic shared memory",
     "copy_never_waited_for": r"thread \d+ exits with cp.async copies that it never waited for",
     "copy_never_committed": r"thread \d+ exits with cp.async copies that it never waited for",
-    "copy_to_an_array_of_floats": "cp_async16: an address is no multiple of 16",
+    "copy_to_an_array_of_floats": "cp_async16: an address is no multiple of 16|16 bytes at 0x\\w+: misaligned",
     "copy_to_global_memory": "cp_async4: the destination is not shared memory|outside of shared memory",
     "block_of_2048": "cudaErrorInvalidConfiguration",
     "block_depth_of_65": "cudaErrorInvalidConfiguration",

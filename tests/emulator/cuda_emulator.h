@@ -4,7 +4,7 @@
 //
 // To run a kernel: compile it, the emulator's files, and a main of your own that calls the op as any function,
 //   g++ -std=c++17 -O2 -ffp-contract=off -DTOKENFLOW_EMULATED -DTOKENFLOW_ISA=cuda -I csrc -I tests/emulator
-//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,names,ptx,warp}.cpp my_main.cpp
+//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,names,ptx,trace,warp}.cpp my_main.cpp
 // and look at call.failure, the error of the launch as a sentence. With
 //   -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 // memory is checked to the byte (malloc every tensor in its exact size). Races are found by ThreadSanitizer, which must
@@ -25,6 +25,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <map>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -81,6 +82,12 @@ struct Coverage {
   std::vector<const char*> missed;
 };
 std::vector<Coverage> coverage();
+
+// What trace.cpp counted, by kernel: requests of warps, and what they take.
+struct Traffic {
+  uint64_t requests, sectors, least_sectors, shared_requests, wavefronts, least_wavefronts;
+};
+std::map<std::string, Traffic> take_traffic();
 
 struct Thread {
   uint3 thread, block;

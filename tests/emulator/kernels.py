@@ -52,6 +52,16 @@ def ptx_program(mode: str, architecture: int, only: tuple[str, ...] = (), edit: 
     return build(f"ptx-{name:08x}", mode, sources)
 
 
+def traced_program(architecture: int) -> Path:
+    """The program of the PTX that counts what requests of warps take (trace.cpp)."""
+    made = [translation(source, architecture) for source in KERNELS]
+    sources = {**_sources(), **dict.fromkeys(made, ())}
+    traced = [source for source in sources if source not in KERNELS]
+    return build(
+        "traced", "plain", {s: (*own, *("-DCUDA_EMULATOR_TRACE",) * (s in traced)) for s, own in sources.items()}
+    )
+
+
 def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
     """How the program ended, and per call (error, counts, buffers) where it came to its end."""
     with tempfile.TemporaryDirectory(dir=FOLDER.name) as folder:

@@ -159,6 +159,34 @@ def wide() -> None:
             gradients([ops.multiscale_inputs(ids, codebooks, rule=rule, **how)], leaves[1:], seed=45)
 
 
+def typical() -> None:
+    """Models' widths and scales, few rows: for counting what requests of memory take."""
+    x, codebook = normal(1024, 40, seed=50), normal(2048, 40, seed=51)
+    x.requires_grad_(), codebook.requires_grad_()
+    out = ops.quantize(x, codebook)
+    gradients(out, [x, codebook], seed=52)
+    gradients([ops.normalize_rows(x)], [x], seed=53)
+    counts, sums = ops.code_statistics(x.detach(), out.indices, 2048)
+    ops.ema_update_(normal(2048, 40, seed=54), torch.ones(2048), sums.clone(), counts, sums, decay=0.9, metric="cosine")
+    gradients([ops.lookup(out.indices, codebook)], [codebook], seed=55)
+    ops.nearest_code(normal(64, 40, seed=56), codebook.detach(), topk=2)
+    for options, width in (({}, 40), ({"loss_on": "accumulated", "normalize_codes": False}, 32)):
+        features, scales = normal(2, width, 16, 16, seed=57), [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
+        leaves, options = [features, normal(512, width, seed=58)], {"scales": scales, **options}
+        if width == 32:
+            weight, bias = 0.05 * normal(4, 32, 32, 3, 3, seed=59), 0.1 * normal(4, 32, seed=60)
+            options["phi"] = weight.requires_grad_(), bias.requires_grad_(), 0.5, [s * 4 // 10 for s in range(10)]
+            leaves += [weight, bias]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = ops.multiscale_quantize(features, [leaves[1]], **options)
+        gradients(out, leaves, seed=61)
+        ids, how = out.indices, decoding(options, 16)
+        gradients([ops.multiscale_rows(features, ids, [leaves[1]], **options)], [features], seed=62)
+        gradients([ops.multiscale_decode(ids, [leaves[1]], **how)], leaves[1:], seed=63)
+        rule = "accumulate" if width == 32 else "chain"
+        gradients([ops.multiscale_inputs(ids, [leaves[1]], rule=rule, **how)], leaves[1:], seed=64)
+
+
 PARTS = (search, quantizing, statistics, softmaxes, multiscale)
 
 

@@ -51,9 +51,17 @@ constexpr T unset() {
 extern char* shared_memory;  // of the block that runs; addresses in it are offsets
 [[noreturn]] void no_address(const char* site, const char* what, uint64_t address, int bytes);
 
+#if defined(CUDA_EMULATOR_TRACE)
+#define TRACE(...) trace(__VA_ARGS__)
+#else
+#define TRACE(...) ((void)0)
+#endif
+void trace(const char* site, bool in_shared, uint64_t address, int bytes);  // trace.cpp
+
 template <class T, int n = 1>
 inline T* generic(uint64_t address, const char* site) {
   if (__builtin_expect(address % (sizeof(T) * n) != 0, 0)) no_address(site, "misaligned", address, sizeof(T) * n);
+  TRACE(site, address - reinterpret_cast<uint64_t>(shared_memory) < kArena, address, sizeof(T) * n);
   return reinterpret_cast<T*>(address);
 }
 
@@ -69,6 +77,7 @@ inline T* shared(uint32_t offset, const char* site) {
   if (__builtin_expect(offset % (sizeof(T) * n) != 0, 0)) no_address(site, "misaligned", offset, sizeof(T) * n);
   if (__builtin_expect(offset > kArena - sizeof(T) * n, 0))
     no_address(site, "outside of shared memory", offset, sizeof(T) * n);
+  TRACE(site, true, reinterpret_cast<uint64_t>(shared_memory) + offset, sizeof(T) * n);
   return reinterpret_cast<T*>(shared_memory + offset);
 }
 

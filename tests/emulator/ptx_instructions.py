@@ -151,7 +151,8 @@ def _copy(found, operands, kernel) -> str:
     if size.text not in PIECES or (found[1] == "g" and size.text != "16"):
         raise NotTranslated(f"cp.async of {size.text} bytes")
     start = f"start_copy<{PIECES[size.text]}>"
-    return f"{start}({to.address('shared')}, {from_.address('global')});"
+    bytes = int(size.text)
+    return f"{start}({to.address('shared', 'b8', bytes)}, {from_.address('global', 'b8', bytes)});"
 
 
 def _move_pieces(found, operands, kernel) -> str:
