@@ -225,7 +225,7 @@ class Kernel:
         self.in_block = not mnemonic.startswith("bra")
         if guard:
             made = f"if ({unless}{self.register(guard, 'pred')[0]}) {{ {made} }}"
-        self.code.append(f"{{ {made} }}" if " q = " in made or " q; " in made else made)
+        self.code.append(f"{{ {made} }}" if made.count(";") > 1 else made)
 
     def declare_registers(self, type: str, names: str) -> None:
         depth = len(self.scopes) - 1

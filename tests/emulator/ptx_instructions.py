@@ -168,6 +168,14 @@ def _move_pieces(found, operands, kernel) -> str:
     return kernel.put(to, f"u{bits}", " | ".join(parts))
 
 
+def _multiply(found, operands, kernel) -> str:
+    """mma: the emulator's own, for all lanes of the warp."""
+    to, a, b, c = (operand.pieces(count) for operand, count in zip(operands, (4, 4, 2, 4), strict=True))
+    lists = (", ".join(f"{each:{type}}" for each in part) for part, type in ((c, "f32"), (a, "u32"), (b, "u32")))
+    given = "f32 d[] = {{{}}}; const u32 a[] = {{{}}}, b[] = {{{}}};".format(*lists)
+    return f"{given} mma_m16n8k16(d, a, b, S); " + " ".join(kernel.put(t, "f32", f"d[{i}]") for i, t in enumerate(to))
+
+
 def _branch(found, operands, kernel) -> str:
     return f"goto {kernel.label(operands[0].text)};"
 
@@ -177,6 +185,7 @@ OTHERS: list[tuple[re.Pattern, Callable]] = [
     (STORE, _store),
     (ATOMIC, _atomic),
     (COPY, _copy),
+    (re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32"), _multiply),
     (re.compile(r"bra(?:\.uni)?"), _branch),
 ]
 MOVE_PIECES = re.compile(r"mov\.b(32|64)")
