@@ -73,10 +73,10 @@ def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
 
 @functools.cache
 def expected(*parts: str) -> list[Call]:
-    """The calls of all problems, or of those parts, with what the kernels make of them in the plainest way."""
-    from emulator import problems
+    """The calls of all problems, or of those larger ones, with what the kernels make of them in the plainest way."""
+    from emulator import larger, problems
 
-    given = problems.recorded(*(getattr(problems, part) for part in parts))
+    given = problems.recorded(*(getattr(larger, part) for part in parts))
     ran, made = replay(program("plain"), given)
     assert ran.code == 0, ran.text
     return expecting(given, made)
