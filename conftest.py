@@ -7,8 +7,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent
 EMULATED = (
-    "golden lookup multiscale multiscale_golden nearest_code normalize quantize shared statistics var_golden".split()
-)
+    "entropy_loss golden lookup multiscale multiscale_golden nearest_code normalize quantize shared soft_quantize statistics"
+    " var_golden"
+).split()
 """The suites that `pytest --emulated` runs: those of the ops with a CUDA kernel, against published values too."""
 NOT_EMULATED = {
     "threads": "about the CPU's threads",

@@ -49,14 +49,20 @@ inline Call on_cpu(int threads) {
   return call;
 }
 
-// or a CUDA device (-1: emulated), its stream, and its two counts, int64 [2] or none.
+// Whether searches on CUDA that begin now are certified (cuda/certified.cuh): for the whole process, as on the CPU.
+inline bool certified_on_cuda = false;
+
+// or a CUDA device (-1: emulated), its stream, and what it counts: int64 [2], [5] while searches are traced, or none.
 inline Call on_cuda(int device, int64_t stream, View counts) {
-  if (counts.type != kNone && (counts.type != kInt64 || counts.rank != 1 || counts.shape[0] != 2))
-    throw pybind11::value_error("counts: wanted int64 [2] or None");
+  if (counts.type != kNone &&
+      (counts.type != kInt64 || counts.rank != 1 || (counts.shape[0] != 2 && counts.shape[0] != 5)))
+    throw pybind11::value_error("counts: wanted int64 [2], [5] or None");
   Call call = {};
   call.device = device;
   call.stream = reinterpret_cast<void*>(stream);
   call.counts = static_cast<int64_t*>(counts.data);
+  call.searched = counts.type != kNone && counts.shape[0] == 5 ? call.counts + 2 : nullptr;
+  call.certified = certified_on_cuda;
   return call;
 }
 

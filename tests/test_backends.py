@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from harness import normal
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from tokenflow_ext import _C, ops
 from tokenflow_ext.ops import _native
@@ -153,6 +154,26 @@ def test_modules_run_on_the_core_that_was_asked_for(core, monkeypatch, module):
     (out.quantized.sum() + out.loss).backward()
     module.decode(module.encode(x))
     assert core.called and module.usage() > 0
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda **o: VectorQuantizer(6, 12, update="ema", **o),
+        lambda **o: VectorQuantizer(6, 12, groups=2, **o),
+        lambda **o: MultiScaleQuantizer(SharedIndexQuantizer((4, 2), 12, channel_dim=1, **o), (1, 2)),
+    ],
+)
+def test_a_training_step_waits_for_no_value(module):
+    """Revival of dead codes and the entropy term included: on CUDA each value that Python asks for waits for the device."""
+    with FakeTensorMode():  # tensors without values: whoever asks for one fails
+        made = module(dead_code_threshold=1, entropy_weight=0.1, backend="native")
+        x = torch.randn(2, 6, 2, 2) if isinstance(made, MultiScaleQuantizer) else torch.randn(9, 6)
+        out = made(x.requires_grad_())
+        (out.quantized.sum() + out.loss).backward()
+        assert x.grad.shape == x.shape
+        with pytest.raises(DynamicOutputShapeException):  # k-means is not so, in the batch that it is asked for
+            module(kmeans_init=True, backend="native")(x)
 
 
 def test_values_are_counted_and_usage_tells(core):

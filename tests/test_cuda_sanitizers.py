@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
-from emulator.kernels import CUDA, KERNELS, caught, expected, noticed_by_parts, program, replay, some
+from emulator.kernels import CUDA, KERNELS, caught, expected, noticed_by_parts, plain, program, replay, some
 from emulator.mutants import mutants, reached
 from emulator.programs import MODES, SCHEDULES
 
@@ -29,6 +29,18 @@ def programs():
 @pytest.fixture(scope="module")
 def calls(programs):
     return expected()
+
+
+def test_certified_searches_return_the_bits_of_the_others(calls):
+    """And they are certified: of the rows counted, some are handed over and most are not."""
+    others, total = {call.encoded: call for call in calls if not call.certified}, [0, 0, 0]
+    twins = [(others[plain(call).encoded], call) for call in calls if call.certified]
+    assert len(twins) > 50
+    for call, twin in twins:
+        assert (twin.after, twin.error, twin.counts[:2]) == (call.after, call.error, call.counts[:2])
+        total = [a + b for a, b in zip(total, twin.counts[2:], strict=True)]
+    answered, handed_over, rescored = total
+    assert answered > 2000 and 100 < handed_over < answered / 2 and rescored > answered
 
 
 @pytest.mark.parametrize(("schedule", "seed"), [*product(SCHEDULES, (2,)), *product(SCHEDULES[2:], (3, 4))])

@@ -22,6 +22,7 @@ FAILS = {
     "shuffle_in_two_branches": r"warp \d diverged: lane \d+ is at __shfl_xor_sync of \S+:(\d+) .*others wait .*:(?!\1 )\d+",
     "mask_without_own_lane": r"__shfl_xor_sync of \S*wrong.cu:\d+ .*: mask 0xffff lacks its own lane",
     "masks_that_disagree": r"with mask 0x\w+, others wait at .* with mask 0x|waits for lane \d+, which has exited",
+    "tensor_cores_that_some_skip": r"mma.sync of \S+wrong.cu:\d+ waits for lane 9, which has exited|exits while its warp waits",
     "mask_of_absent_lanes": r"mask 0xffffffff names lanes that do not exist, the warp has 8",
     "dynamic_without_any": "DYNAMIC_SHARED in a launch without dynamic shared memory",
     "copy_never_waited_for": r"thread \d+ exits with cp.async copies that it never waited for",

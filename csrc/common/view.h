@@ -100,6 +100,8 @@ struct Call {
   int device;               // ordinal on CUDA, -1: CPU memory
   void* stream;             // cudaStream_t
   int64_t* counts;          // CUDA: device memory [2], ids outside and rows not finite, which kernels add to; or none
+  int64_t* searched;        // CUDA: [3] behind them, of certified searches while they are traced; or none
+  bool certified;           // CUDA: searches scan in bfloat16 and score again what a bound cannot rule out
   const char* failure;      // CUDA: the first error of a launch, which Python raises as RuntimeError
 };
 

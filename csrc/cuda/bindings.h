@@ -2,6 +2,7 @@
 #pragma once
 #include "common/multiscale_ops.h"
 #include "common/ops.h"
+#include "cuda/mma_probe.h"
 #include "door.h"
 
 namespace tokenflow_ext {
@@ -18,6 +19,9 @@ inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(normalize_rows_backward);
   TOKENFLOW_CUDA_OP(quantize);
   TOKENFLOW_CUDA_OP(quantize_backward);
+  TOKENFLOW_CUDA_OP(entropy_loss);
+  TOKENFLOW_CUDA_OP(entropy_loss_backward);
+  TOKENFLOW_CUDA_OP(soft_quantize_backward);
   TOKENFLOW_CUDA_OP(lookup);
   TOKENFLOW_CUDA_OP(lookup_backward);
   TOKENFLOW_CUDA_OP(code_statistics);
@@ -30,6 +34,11 @@ inline void bind_cuda_ops(pybind11::module_& m) {
   TOKENFLOW_CUDA_OP(multiscale_decode_backward);
   TOKENFLOW_CUDA_OP(multiscale_chain);
   TOKENFLOW_CUDA_OP(multiscale_chain_backward);
+  TOKENFLOW_CUDA_OP(mma_probe);
+  m.def("certify", [](bool wanted) {  // returns what was
+    std::swap(wanted, certified_on_cuda);
+    return wanted;
+  });
 }
 
 }  // namespace tokenflow_ext

@@ -53,6 +53,18 @@ static __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
+// d += a b on the tensor cores, by all lanes of a warp: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32. A [16][16],
+// B [16][8], D [16][8], with g = lane / 4, t = lane % 4, two bfloat16 a register, the first in the low half:
+//   a[i]  row g + 8 (i % 2), columns 2 t + 8 (i / 2) and the next
+//   b[i]  column g, rows 2 t + 8 i and the next
+//   d[i]  row g + 8 (i / 2), column 2 t + i % 2
+static __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // More than 48 KB of dynamic shared memory are asked for once a kernel and device.
 static inline cudaError_t allow_shared(const void* kernel, int device, size_t bytes) {
   struct Allowed {

@@ -10,6 +10,7 @@
 // and 27 us at one a cycle and multiprocessor, while memory is read. The search of K = 32768 codes takes some 250 times
 // as long. Paper arithmetic, never run on a GPU. Source: tokenflow.md 1.2.
 #include "common/ops.h"
+#include "cuda/block_sum.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/search.cuh"
 
@@ -74,22 +75,6 @@ static __global__ void __launch_bounds__(kTeamThreads, 4) epilogue_kernel(Epilog
   atomicAdd(job.bad, static_cast<u64>(__popc(bad)));
 }
 
-// loss = loss_weight * (squares[0] + ... + squares[count - 1]) / numbers, one block.
-static __global__ void __launch_bounds__(kTeamThreads)
-    loss_kernel(const double* squares, int64_t count, double loss_weight, double numbers, float* loss) {
-  SHARED(double, parts, [kTeamThreads]);
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < count; i += kTeamThreads) sum += squares[i];
-  parts[threadIdx.x] = sum;
-  __syncthreads();
-  for (int half = kTeamThreads / 2; half > 0; half /= 2) {
-    if (static_cast<int>(threadIdx.x) < half) parts[threadIdx.x] += parts[threadIdx.x + half];
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) *loss = static_cast<float>(numbers > 0 ? loss_weight * parts[0] / numbers : 0);
-}
-
 Error quantize(Call& call, View x, View codebook, Tables tables, double loss_weight, View quantized, View indices,
                View loss, View searched, View code_rows, View code_norms) noexcept {
   x = by_group(x, codebook.rank == 3, 1);
@@ -133,7 +118,7 @@ Error quantize(Call& call, View x, View codebook, Tables tables, double loss_wei
                         squares,
                         call.counts ? reinterpret_cast<u64*>(call.counts + 1) : nullptr};
   launch(call, epilogue_kernel, blocks, dim3(kTeamThreads), 0, job);
-  launch(call, loss_kernel, dim3(1), dim3(kTeamThreads), 0, squares, static_cast<int64_t>(blocks.x), loss_weight,
+  launch(call, mean_kernel, dim3(1), dim3(kSummands), 0, squares, static_cast<int64_t>(blocks.x), loss_weight,
          static_cast<double>(numbers), static_cast<float*>(loss.data));
   return nullptr;
 }

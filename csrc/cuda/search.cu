@@ -10,15 +10,14 @@
 // Operations: N G K C multiply-adds: of the instructions of a large tile 89 % where C is large, 76 % at C = 8 (counted
 // in the SASS of sm_80). N = 16384, K = 32768, C = 8 / 40 / 256: 4.3 / 21.5 / 137 GFMA, at least 0.44 / 2.2 / 14.1 ms
 // on an A100, 0.13 / 0.64 / 4.1 ms on an H100. Paper arithmetic, never run on a GPU.
+#include "cuda/certified.cuh"
 #include "cuda/search.cuh"
 #include "cuda/search_panels.cuh"
-#include "cuda/tile.cuh"
 
 TOKENFLOW_BEGIN
 
-constexpr int kFewRows = 32;              // of the small tile
-constexpr int kManyRows = 128;            // of the large tile
-constexpr int64_t kMaxShared = 99 << 10;  // bytes that a block may have on every architecture
+constexpr int kFewRows = 32;    // of the small tile
+constexpr int kManyRows = 128;  // of the large tile
 
 // How threads share a tile and a panel: `kTall` rows x `kWide` codes each, in fours that lie half a tile apart.
 template <int kRows>
@@ -47,6 +46,7 @@ struct Search {
   const float *panels, *row_panels;         // the latter for rows that do not stay in shared memory, else null
   u64* keys;
   const u64* above;
+  const unsigned* only;  // [G][tiles], which to search where not 0; or null
 };
 
 // rows [C][tile_stride] = the tile's rows as they are searched, negated and weighted; zeros where a row is not finite,
@@ -83,36 +83,6 @@ static __device__ __forceinline__ void stage(const Search& job, int64_t group, i
   }
 }
 
-static __device__ __forceinline__ void load_four(const float* from, float* to) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
-  to[0] = four.x;
-  to[1] = four.y;
-  to[2] = four.z;
-  to[3] = four.w;
-}
-
-// score += rows x codes over eight channels; the first eight begin with the codes' starting scores.
-template <bool kFirst, int kRows, int kTall, int kWide>
-static __device__ __forceinline__ void multiply(const float* rows, const float* codes, const float* starts,
-                                                float (&score)[kTall][kWide]) {
-  float start[kWide];
-#pragma unroll
-  for (int k = 0; kFirst && k < kWide; k += 4) load_four(starts + k / 4 * (kPanel / 2), start + k);
-#pragma unroll
-  for (int d = 0; d < 8; ++d) {
-    float x[kTall], c[kWide];
-#pragma unroll
-    for (int r = 0; r < kTall; r += 4) load_four(rows + d * tile_stride(kRows) + r / 4 * (kRows / 2), x + r);
-#pragma unroll
-    for (int k = 0; k < kWide; k += 4) load_four(codes + d * kPanel + k / 4 * (kPanel / 2), c + k);
-#pragma unroll
-    for (int r = 0; r < kTall; ++r) {
-#pragma unroll
-      for (int k = 0; k < kWide; ++k) score[r][k] = fmaf(x[r], c[k], kFirst && d == 0 ? start[k] : score[r][k]);
-    }
-  }
-}
-
 static __device__ __forceinline__ u64 lower_of(u64 a, u64 b) { return b < a ? b : a; }
 
 // The lowest key above the floor of codes id .. id + 3 of a group, which are neighbours in their panel; the row has a
@@ -140,6 +110,7 @@ static __device__ __forceinline__ u64 best_of_four(const Search& job, const floa
 template <int kRows, bool kStay>
 static __global__ void __launch_bounds__(kTileThreads, 2) search_kernel(Search job) {
   using S = Shape<kRows>;
+  if (kRows == kManyRows && job.only && !job.only[blockIdx.z * gridDim.x + blockIdx.x]) return;
   DYNAMIC_SHARED(float, codes);
   float* const starts = codes + S::kCodes;
   int* const where = reinterpret_cast<int*>(starts + 2 * kPanel);  // [kTall][threads]: the panels of their best scores
@@ -276,15 +247,16 @@ Searched take_codes(Call& call, const View& codebook, const Tables& tables, int6
                     tables,
                     take<float>(call, groups * pieces_of(hi - lo, kPanel) * kPanel * lines),
                     nullptr,
-                    max_rows};
-  if (!Shape<kManyRows>::stay(channels, tables.count))
+                    max_rows,
+                    {}};
+  if (call.certified && certifiable(channels))
+    codes.certified = take_certified(call, groups, hi - lo, channels, max_rows);
+  if (codes.certified.batch || !Shape<kManyRows>::stay(channels, tables.count))
     codes.row_panels = take<float>(call, groups * pieces_of(max_rows, kManyRows) * kManyRows * lines);
   return codes;
 }
 
-// How many panels a block meets: so many blocks share those of a tile that the waves of blocks, two on a
-// multiprocessor, are few and full. Making its rows costs a block about two panels.
-static int64_t share_of(const Call& call, int64_t tiles, int64_t panels) {
+int64_t share_of(const Call& call, int64_t tiles, int64_t panels) {
   const int64_t at_once = 2 * multiprocessors(call);
   int64_t best = panels, cost = pieces_of(tiles, at_once) * (panels + 2);
   for (int64_t waves = 1; waves <= 4; ++waves) {
@@ -298,10 +270,11 @@ static int64_t share_of(const Call& call, int64_t tiles, int64_t panels) {
 }
 
 template <int kRows>
-static void search(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys, const u64* above) {
+static void search(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys, const u64* above,
+                   const unsigned* only) {
   const int64_t tiles = pieces_of(rows.count, kRows), panels = pieces_of(codes.codes, kPanel);
   const bool stay = Shape<kRows>::stay(codes.channels, codes.tables.count);
-  if (!stay) {
+  if (!stay && !only) {
     const Items items = {rows.data, rows.type, rows.count, rows.stride, codes.channels, codes.channels};
     pack(call, {items, codes.tables, kRows, true, codes.row_panels, nullptr, 0}, codes.groups);
   }
@@ -316,21 +289,27 @@ static void search(Call& call, const Searched& codes, const SearchedRows& rows, 
                       codes.panels,
                       stay ? nullptr : codes.row_panels,
                       keys,
-                      above};
+                      above,
+                      only};
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(pieces_of(panels, share)),
                   static_cast<unsigned>(codes.groups));
   launch(call, stay ? search_kernel<kRows, true> : search_kernel<kRows, false>, grid, dim3(kTileThreads),
          static_cast<size_t>(Shape<kRows>::bytes(codes.channels, codes.tables.count, stay)), job);
 }
 
+void search_failed(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys, const unsigned* failed) {
+  search<kManyRows>(call, codes, rows, keys, nullptr, failed);
+}
+
 void search_rows(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys, const u64* above) {
   if (rows.count == 0) return;
+  if (codes.certified.batch && !above) return search_certified(call, codes, rows, keys);
   // Small tiles for few rows, for so little work that large ones would leave multiprocessors idle, and above floors.
   const int64_t blocks = codes.groups * pieces_of(rows.count, kManyRows) * pieces_of(codes.codes, kPanel);
   if (rows.count <= kFewRows || blocks < multiprocessors(call) || above)
-    search<kFewRows>(call, codes, rows, keys, above);
+    search<kFewRows>(call, codes, rows, keys, above, nullptr);
   else
-    search<kManyRows>(call, codes, rows, keys, above);
+    search<kManyRows>(call, codes, rows, keys, above, nullptr);
 }
 
 TOKENFLOW_END

@@ -3,9 +3,9 @@
 // order (common/canonical.h). Bytes: 4 G K C read twice where C > 64, the second time mostly from the second-level
 // cache, and 4 G K (C + 1) written; K = 32768, C = 40: 11 MB, 5.3 us on A100 (2.0 TB/s), 3.2 us on H100 (3.35 TB/s).
 // Paper arithmetic, never run on a GPU.
+#include "cuda/certified.cuh"
 #include "cuda/search.cuh"
 #include "cuda/search_panels.cuh"
-#include "cuda/tile.cuh"
 
 TOKENFLOW_BEGIN
 
@@ -56,7 +56,7 @@ static __global__ void __launch_bounds__(kTileThreads, 4) pack_kernel(Packing jo
   if (tid < kItems) {
     close();
     if (job.as_rows)
-      last[item] = good ? 0 : NAN;
+      last[item] = good && item < there ? 0 : NAN;
     else
       last[item] = item >= there ? INFINITY : job.tables.l2 ? start : 0;
   }
@@ -92,6 +92,11 @@ void pack(Call& call, const Packing& job, int64_t groups) {
 void pack_codes(Call& call, const Searched& codes, u64* keys, int64_t count) {
   const Items items = {codes.codebook, kFloat32, codes.codes, codes.channels, codes.between, codes.channels};
   pack(call, {items, codes.tables, kPanel, false, codes.panels, keys, count}, codes.groups);
+  if (!codes.certified.batch) return;
+  round_to_halves(call,
+                  {codes.panels, codes.codes, static_cast<int>(codes.channels), false, codes.certified.codes,
+                   codes.certified.segments, nullptr},
+                  codes.groups);
 }
 
 TOKENFLOW_END

@@ -14,7 +14,7 @@
 
 static double factor_of[16];  // by Term
 #define TOKENFLOW_BOUND(term, value) (factor_of[term] * (value))
-#include "cpu/search.h"
+#include "cpu/search.cpp"
 
 using namespace tokenflow_ext;
 using namespace tokenflow_ext::TOKENFLOW_ISA;

@@ -115,6 +115,29 @@ def test_quantize(place, rows, groups, metric):
     assert_gradients(there, here, 1e-5)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l2", "dot"])
+@pytest.mark.parametrize("shape", [(0, 1, 5, 8), (33, 2, 700, 8), (600, 1, 130, 72), (5, 1, 40, 257)])
+def test_entropy_loss(place, shape, metric):
+    rows, groups, codes, width = shape
+    x, codebook, options = normal(rows, groups, width, seed=1), normal(groups, codes, width, seed=2), {"metric": metric}
+    options["temperature"] = 0.1 if metric == "cosine" else width**0.5
+    here, there = both(place, ops.entropy_loss, x, codebook, **options)
+    assert_near(torch.stack(there), torch.stack(here), 1e-5)
+    upstream = [torch.tensor(1.5), torch.tensor(-1.0)]
+    assert_gradients(*reversed(gradients(place, ops.entropy_loss, [x, codebook], upstream, **options)), 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8, 3), (33, 700, 8, 8), (600, 130, 72, 70), (5, 40, 257, 1)])
+def test_soft_quantize(place, shape):
+    rows, codes, width, out = shape
+    given = [normal(rows, width, seed=1), normal(codes, width, seed=2), normal(codes, out, seed=3)]
+    here, there = both(place, ops.soft_quantize, *given, scale=width**-0.5)
+    assert same_bits(here[0], there[0]) and torch.equal(here[1], there[1])
+    upstream = [normal(rows, out, seed=4)]
+    here, there = gradients(place, ops.soft_quantize, given, upstream, scale=width**-0.5)
+    assert_gradients(there, here, 2e-5)
+
+
 def test_statistics_and_moving_averages(place):
     x, ids = normal(500, 8, seed=1), torch.randint(0, 40, (500,), generator=torch.Generator().manual_seed(2))
     here, there = both(place, ops.code_statistics, x, ids, 50)

@@ -19,6 +19,8 @@ from tokenflow_ext.ops import _native
 ROOT = Path(__file__).parents[2]
 CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 SCHEDULES = ("forward", "reverse", "threads", "warps")
+TENSOR_CORES = ("ampere", "hopper", "volta", "floored", "ceiled", "worst_up", "worst_down")
+"""How the emulated tensor cores add: tests/emulator/mma.cpp."""
 
 
 @functools.cache
@@ -46,9 +48,11 @@ def core():
     return module
 
 
-def configure(module, schedule: str = "forward", seed: int = 1, architecture: int = 80) -> None:
-    """Who runs first in every launch from now on, and whose limits it meets; forgets what was launched before."""
-    module.configure(SCHEDULES.index(schedule), seed, architecture)
+def configure(
+    module, schedule: str = "forward", seed: int = 1, architecture: int = 80, tensor_cores: str = "ampere"
+) -> None:
+    """Who runs first in every launch from now on, whose limits it meets, how tensor cores add; forgets earlier launches."""
+    module.configure(SCHEDULES.index(schedule), seed, architecture, TENSOR_CORES.index(tensor_cores))
     module.take_launches()
 
 

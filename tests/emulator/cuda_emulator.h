@@ -4,7 +4,7 @@
 //
 // To run a kernel: compile it, the emulator's files, and a main of your own that calls the op as any function,
 //   g++ -std=c++17 -O2 -ffp-contract=off -DTOKENFLOW_EMULATED -DTOKENFLOW_ISA=cuda -I csrc -I tests/emulator
-//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,names,ptx,trace,warp}.cpp my_main.cpp
+//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,mma,names,ptx,trace,warp}.cpp my_main.cpp
 // and look at call.failure, the error of the launch as a sentence. With
 //   -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 // memory is checked to the byte (malloc every tensor in its exact size). Races are found by ThreadSanitizer, which must
@@ -59,11 +59,15 @@ namespace cuda_emulator {
 
 enum Schedule { kForward, kReverse, kRandomThreads, kRandomWarps };
 
+// How tensor cores add, see mma.cpp: as those of an A100, of an H100, of a V100; or worse than any.
+enum TensorCores { kAmpere, kHopper, kVolta, kFloored, kCeiled, kWorstUp, kWorstDown };
+
 struct Config {
   Schedule schedule = kForward;  // of threads; blocks follow it
   uint64_t seed = 1;
   int architecture = 80;  // whose limits a launch meets
   bool log = false;       // keep what is launched
+  TensorCores tensor_cores = kAmpere;
 };
 Config& config();
 
@@ -96,11 +100,13 @@ extern Thread* current;
 extern dim3 block_size, grid_size;
 
 enum Vote { kPlain, kCount, kAnd, kOr };
-enum WarpOp { kShuffle, kUp, kDown, kXor, kBallot, kAny, kAll, kSync, kMatch, kAddAll, kMinAll, kMaxAll };
+enum WarpOp { kShuffle, kUp, kDown, kXor, kBallot, kAny, kAll, kSync, kMatch, kAddAll, kMinAll, kMaxAll, kMma };
 
 [[noreturn]] void fail(const char* format, ...);  // ends the launch
 int sync_block(Vote vote, bool predicate, const char* site);
 uint64_t warp_op(WarpOp op, unsigned mask, uint64_t value, int lane, int width, const char* site);
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 of this lane's registers: d = a b + d, all 32 lanes together.
+void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, const char* site);
 void fence();
 void before_atomic();  // another thread may come first
 void* static_shared(const void* tag, size_t size, size_t alignment);
@@ -292,6 +298,8 @@ inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __ffsll(long long v) { return __builtin_ffsll(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
 inline int __clzll(long long v) { return v ? __builtin_clzll(static_cast<unsigned long long>(v)) : 64; }
+
+#define mma_bf16(d, a, b) ::cuda_emulator::mma_bf16(d, a, b, CUDA_EMULATOR_SITE)
 
 inline void cp_async16(void* to, const void* from) { cuda_emulator::start_copy<uint4>(to, from); }
 inline void cp_async4(void* to, const void* from) { cuda_emulator::start_copy<unsigned>(to, from); }

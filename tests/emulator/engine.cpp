@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include <deque>
+#include <initializer_list>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -19,20 +20,28 @@ Engine engine;
 static std::vector<Launch> launches;
 static std::mutex one_launch;
 
+// The place of an environment variable's word among those that it may be.
+template <class T>
+static T named(const char* variable, std::initializer_list<const char*> words) {
+  const char* const word = getenv(variable);
+  if (!word) return static_cast<T>(0);
+  int i = 0;
+  for (const char* known : words) {
+    if (!strcmp(word, known)) return static_cast<T>(i);
+    ++i;
+  }
+  fprintf(stderr, "%s: wanted one of", variable);
+  for (const char* known : words) fprintf(stderr, " %s", known);
+  fprintf(stderr, ", got %s\n", word);
+  abort();
+}
+
 Config& config() {
   static Config config = [] {
     Config read;
-    const char* const names[] = {"forward", "reverse", "threads", "warps"};
-    if (const char* schedule = getenv("CUDA_EMULATOR_SCHEDULE")) {
-      int found = -1;
-      for (int i = 0; i < 4; ++i)
-        if (!strcmp(schedule, names[i])) found = i;
-      if (found < 0) {
-        fprintf(stderr, "CUDA_EMULATOR_SCHEDULE: wanted forward, reverse, threads or warps, got %s\n", schedule);
-        abort();
-      }
-      read.schedule = static_cast<Schedule>(found);
-    }
+    read.schedule = named<Schedule>("CUDA_EMULATOR_SCHEDULE", {"forward", "reverse", "threads", "warps"});
+    read.tensor_cores = named<TensorCores>(
+        "CUDA_EMULATOR_TENSOR_CORES", {"ampere", "hopper", "volta", "floored", "ceiled", "worst_up", "worst_down"});
     if (const char* seed = getenv("CUDA_EMULATOR_SEED")) read.seed = strtoull(seed, nullptr, 10);
     if (const char* architecture = getenv("CUDA_EMULATOR_ARCH")) read.architecture = atoi(architecture);
     return read;
@@ -208,7 +217,9 @@ void before_atomic() {
 }
 
 static void begin_block(dim3 block, uint3 index) {
-  ++engine.sets[engine.set].block;
+  Set& set = engine.sets[engine.set];
+  set.block += set.used;  // one that used none hands nothing on: the next follows the one before
+  set.used = false;
   engine.live = engine.threads;
   engine.waiting = 0;
   for (auto& warp : engine.meetings)

@@ -33,6 +33,9 @@ struct Lane : Thread {
   bool predicate;
   uint64_t value, result;
   int from, width;
+  // Of mma.sync: A and B as two bfloat16 a register, C and D.
+  uint32_t a[4], b[2];
+  float d[4];
   // cp.async: copies [first, last) are under way, `group` is the one not yet committed.
   int first, last, group;
   bool shares;  // has used shared memory
@@ -67,7 +70,8 @@ constexpr int kSets = 1;
 
 struct Set {
   Fiber fibers[kMaxThreads];
-  int block;     // of its blocks
+  int block;     // of its blocks that used shared memory
+  bool used;     // by the last one
   char tags[2];  // from what a block did in shared memory to what the next does
   alignas(4096) char shared[kArena];
 };
@@ -105,6 +109,7 @@ inline bool random_threads() { return engine.schedule == kRandomThreads; }
 uint64_t next_random();
 inline State& state_of(const Lane& lane) { return engine.states[lane.id]; }
 void pause(bool for_good = false);  // others run
+void multiply(Lane* warp);           // mma.cpp: the matrices of all its lanes
 void begin_shared();                // memory.cpp: of a new block
 size_t shared_limit();
 // The symbol of a kernel: the source that it stands in, its name with types and all.

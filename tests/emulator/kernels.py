@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import struct
 import subprocess
 import tempfile
 import zlib
@@ -90,11 +91,34 @@ def expecting(calls: list[Call], made: list) -> list[Call]:
     ]
 
 
+SEARCHING = ("nearest_code", "quantize", "multiscale_quantize")
+"""The ops whose searches can be certified."""
+
+
+MARK = b"+certified"
+
+
+def named(call: Call, name: bytes) -> bytes:
+    """What the call encodes, under another name."""
+    start = 8 + struct.unpack("<q", call.encoded[:8])[0]
+    return struct.pack("<q", len(name)) + name + call.encoded[start:]
+
+
+def certified(call: Call) -> Call:
+    """The same call, to be certified."""
+    return replace(call, encoded=named(call, call.op.encode() + MARK), certified=True)
+
+
+def plain(call: Call) -> Call:
+    """The call that `certified` was made of."""
+    return replace(call, encoded=named(call, call.op.encode()), certified=False)
+
+
 def some(calls: list[Call], each: int) -> list[Call]:
-    """At most so many calls of every op, small and large ones, for what takes long."""
+    """At most so many calls of every op, small and large ones, for what takes long; likewise of certified searches."""
     chosen = []
-    for op in OPS:
-        mine = [call for call in calls if call.op == op]
+    for op, way in [*((op, False) for op in OPS), *((op, True) for op in SEARCHING)]:
+        mine = [call for call in calls if call.op == op and call.certified == way]
         step = max(1, (len(mine) - 1) // max(1, each - 1))
         chosen += mine[::step][: each - 1] + mine[-1:]
     return chosen

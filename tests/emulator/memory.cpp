@@ -78,7 +78,7 @@ static void* enter_shared(size_t offset) {
   Lane& lane = self();
   Set& set = engine.sets[engine.set];
   if (!lane.shares) acquire(set.tags[set.block % 2]);
-  lane.shares = true;
+  lane.shares = set.used = true;
   return arena() + offset;
 }
 

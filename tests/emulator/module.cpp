@@ -10,8 +10,9 @@ PYBIND11_MODULE(_emulated, m) {
   using namespace tokenflow_ext;
   bind_cuda_ops(m);
   m.def("connect", connect);
-  m.def("configure", [](int schedule, uint64_t seed, int architecture) {
-    cuda_emulator::config() = {static_cast<cuda_emulator::Schedule>(schedule), seed, architecture, true};
+  m.def("configure", [](int schedule, uint64_t seed, int architecture, int tensor_cores) {
+    cuda_emulator::config() = {static_cast<cuda_emulator::Schedule>(schedule), seed, architecture, true,
+                               static_cast<cuda_emulator::TensorCores>(tensor_cores)};
   });
   // (kernel, grid, block, dynamic shared bytes, static shared bytes) of every launch since the last call.
   m.def("take_launches", [] {

@@ -2,14 +2,15 @@
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 
 import torch
 from harness import METRICS, normal
 from multiscale_cases import MODES, SCALES, case, decoding
-from replay import Call, record
+from replay import Call, Door, record
 from replay.problems import gradients, rows, table
 
-from emulator.kernels import OPS
+from emulator.kernels import OPS, SEARCHING, certified
 from tokenflow_ext import ops
 from tokenflow_ext.ops import _native
 
@@ -34,6 +35,28 @@ def search() -> None:
         ops.shared_nearest_code(
             [x[:, 0], x[:, 1, :5]], [codebook[0], codebook[1, :, :5].contiguous()], weights=(1, 0.3)
         )
+
+
+def certifying() -> None:
+    """For the scan in bfloat16: several ranges and steps, tiles of both heights, rows it cannot narrow down, long tables."""
+    for metric in METRICS:
+        for n, k, width in ((33, 1400, 33), (140, 300, 40), (70, 129, 400)):
+            x, codebook = rows(n, width, seed=k, dtype=torch.float32), table(k, width, seed=n + 1)
+            ops.nearest_code(x, codebook, metric=metric, return_scores=True)
+    for n, k, width, groups in ((150, 900, 12, 2), (9, 1500, 5, 1)):  # codes that nothing tells apart
+        x, codebook = normal(n, groups, width, seed=3), normal(groups, 1, width, seed=4).repeat(1, k, 1)
+        codebook[:, k - 3 :] += 1e-5
+        ops.nearest_code(x, codebook, metric="l2", return_scores=True)
+        ops.nearest_code(x[:3].nan_to_num() + codebook[0, 0], codebook, return_scores=True)
+
+
+def probing(calls: list[Call]) -> None:
+    """The op that the CPU does not have."""
+    signature = {"mma_probe": [*(("View", name) for name in "abcd"), ("int", "threads")]}
+    door = Door(SimpleNamespace(mma_probe=lambda *arguments: (0, 0)), calls, signature)
+    for n in (1, 6):
+        a, b, c, d = (normal(n, 32, width, seed=width) for width in (8, 4, 4, 4))
+        door.mma_probe(a.bfloat16(), b.bfloat16(), c, d, 1)
 
 
 def quantizing() -> None:
@@ -75,9 +98,15 @@ def softmaxes() -> None:
         x, codebook = rows(37, 2, 9, seed=20, dtype=torch.float32), table(2, 131, 9, seed=21)
         x.requires_grad_(), codebook.requires_grad_()
         gradients(ops.entropy_loss(x, codebook, metric=metric, temperature=0.3), [x, codebook], seed=22)
-    inputs = [rows(40, 9, seed=23, dtype=torch.float32), table(131, 9, seed=24), table(131, 5, seed=25)]
-    inputs = [t.requires_grad_() for t in inputs]
-    gradients(ops.soft_quantize(*inputs), inputs, seed=26)
+    # Ranges of codes, ranges of rows, and more channels than are added at once; eight channels are one copy.
+    for n, k, width in ((20, 600, 8), (600, 33, 3), (70, 140, 72)):
+        inputs = [rows(n, 1, width, seed=27, dtype=torch.float32), table(1, k, width, seed=28)]
+        inputs = [t.requires_grad_() for t in inputs]
+        gradients(ops.entropy_loss(*inputs, metric="dot", temperature=3.0), inputs, seed=29)
+    for n, k, width, out in ((40, 131, 9, 5), (70, 140, 72, 3), (20, 600, 3, 70)):
+        inputs = [rows(n, width, seed=23, dtype=torch.float32), table(k, width, seed=24), table(k, out, seed=25)]
+        inputs = [t.requires_grad_() for t in inputs]
+        gradients(ops.soft_quantize(*inputs), inputs, seed=26)
 
 
 def multiscale() -> None:
@@ -127,19 +156,23 @@ def multiscale() -> None:
         ops.multiscale_inputs(ids, codebooks, rule="chain", scales=options["scales"], size=5)
 
 
-PARTS = (search, quantizing, statistics, softmaxes, multiscale)
+PARTS = (search, certifying, quantizing, statistics, softmaxes, multiscale)
 
 
 def recorded(*parts) -> list[Call]:
-    """The calls of all problems, or of some, of ops that have kernels; short ones first."""
+    """The calls of all problems, or of some, of ops that have kernels, short ones first; searches also as certified ones."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     try:
         with warnings.catch_warnings(), record() as calls:
             warnings.simplefilter("ignore")
+            if not parts:
+                probing(calls)
             for part in parts or PARTS:
                 part()
     finally:
         torch.use_deterministic_algorithms(False)
     silent = set(OPS) - {call.op for call in calls} if not parts else ()
     assert not silent, f"ops that no problem calls: {sorted(silent)}"
-    return sorted((call for call in calls if call.op in OPS), key=lambda call: sum(map(len, call.before)))
+    calls = [call for call in calls if call.op in OPS]
+    calls += [certified(call) for call in calls if call.op in SEARCHING]
+    return sorted(calls, key=lambda call: sum(map(len, call.before)))

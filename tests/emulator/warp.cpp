@@ -1,13 +1,16 @@
 // Warp operations: exactly the lanes of the mask meet, at one place of the source, for one operation.
 #include "engine.h"
 
+#undef mma_bf16
+
 namespace cuda_emulator {
 
 constexpr uint64_t kPoison = 0xbadbadbadbadbadbull;  // of a lane that takes no part: undefined on the GPU
 
 static const char* const kNames[] = {"__shfl_sync",      "__shfl_up_sync",    "__shfl_down_sync",  "__shfl_xor_sync",
                                      "__ballot_sync",    "__any_sync",        "__all_sync",        "__syncwarp",
-                                     "__match_any_sync", "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync"};
+                                     "__match_any_sync", "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync",
+                                     "mma.sync"};
 
 static uint64_t shuffled(const Lane* warp, const Lane& lane, WarpOp op, unsigned mask) {
   const int base = lane.lane & ~(lane.width - 1), end = base + lane.width;
@@ -54,7 +57,8 @@ static uint64_t alike(const Lane* warp, const Lane& lane, unsigned mask) {
 }
 
 static void complete(Lane* warp, WarpOp op, unsigned mask) {
-  const uint64_t result = op <= kXor || op == kSync ? 0 : agreed(warp, op, mask);
+  if (op == kMma) multiply(warp);
+  const uint64_t result = op <= kXor || op == kSync || op == kMma ? 0 : agreed(warp, op, mask);
   for (unsigned left = mask; left; left &= left - 1) {
     Lane& lane = warp[__builtin_ctz(left)];
     lane.result = op <= kXor ? shuffled(warp, lane, op, mask) : op == kMatch ? alike(warp, lane, mask) : result;
@@ -108,6 +112,15 @@ uint64_t warp_op(WarpOp op, unsigned mask, uint64_t value, int from, int width, 
   if (state_of(lane) != kReady || random_threads()) pause();
   if (op == kSync) acquire(tag);
   return lane.result;
+}
+
+void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, const char* site) {
+  Lane& lane = self();
+  memcpy(lane.a, a, sizeof lane.a);
+  memcpy(lane.b, b, sizeof lane.b);
+  memcpy(lane.d, d, sizeof lane.d);
+  warp_op(kMma, ~0u, 0, 0, 32, site);
+  memcpy(d, lane.d, sizeof lane.d);
 }
 
 }  // namespace cuda_emulator

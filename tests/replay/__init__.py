@@ -6,7 +6,7 @@ hands the calls to `replay.cpp`, built from the same CMakeLists.txt with -DTOKEN
 A file of calls, all numbers little endian and 8 bytes: per call the op's name (length, bytes), its buffers (count; bytes,
 address modulo 64, content), then its arguments in the order of csrc/common/ops.h, threads last. A View is its type (-1: none), rank,
 shape and buffer; Tables are count, l2, unit, unit_codes, widths, weights. The results: per call its error (length, bytes),
-its two counts, and the buffers' content.
+its five counts, and the buffers' content. A name that ends with "+certified" asks CUDA's kernels for a certified search.
 """
 
 import contextlib
@@ -58,14 +58,15 @@ class Call:
     before: list[bytes]
     after: list[bytes]
     error: str = ""
-    counts: tuple[int, int] = (0, 0)  # ids outside their table, rows that are not finite
+    counts: tuple[int, ...] = (0,) * 5  # ids outside their table, rows that are not finite; three of certified searches
+    certified: bool = False
 
 
-class _Door:
+class Door:
     """`_C`, with every call of an op kept in `calls`."""
 
-    def __init__(self, core, calls: list[Call]):
-        self._core, self._calls, self._signatures = core, calls, signatures()
+    def __init__(self, core, calls: list[Call], known: dict[str, list[tuple[str, str]]]):
+        self._core, self._calls, self._signatures = core, calls, known
 
     def __getattr__(self, op):
         function = getattr(self._core, op)
@@ -99,8 +100,9 @@ class _Door:
         held = b"".join(struct.pack("<qq", n, at % 64) + before for (at, n), before in buffers.items())
         call.encoded = head + held + b"".join(numbers)
         try:
-            call.counts = function(*arguments)
-            return call.counts
+            outside, bad = function(*arguments)
+            call.counts = outside, bad, 0, 0, 0
+            return outside, bad
         except ValueError as error:
             call.error = str(error)
             raise
@@ -117,7 +119,7 @@ def record():
     doors = [(module, module._C) for module in modules]
     try:
         for module, core in doors:
-            module._C = _Door(core, calls)
+            module._C = Door(core, calls, signatures())
         yield calls
     finally:
         for module, core in doors:
@@ -163,7 +165,7 @@ def read_results(file: Path, calls: list[Call]) -> list[tuple]:
 
     for call in calls:
         error = take(struct.unpack("<q", take(8))[0]).decode()
-        made.append((error, struct.unpack("<2q", take(16)), [take(len(before)) for before in call.before]))
+        made.append((error, struct.unpack("<5q", take(40)), [take(len(before)) for before in call.before]))
     assert at == len(data)
     return made
 

@@ -15,6 +15,7 @@
 #include "common/multiscale_ops.h"
 #include "common/ops.h"
 #if defined(TOKENFLOW_EMULATED)
+#include "cuda/mma_probe.h"
 #include "cuda_emulator.h"
 #else
 #include "cpu/isa.h"
@@ -74,7 +75,8 @@ struct Record {
   int threads;  // instead of the recorded number; 0 keeps it
   std::string op;
   std::vector<Buffer> buffers;
-  int64_t counts[2];
+  bool certified;  // its name ends with "+certified": CUDA's searches are to be
+  int64_t counts[5];
 
   void bytes(void* out, int64_t n) {
     if (n && std::fread(out, 1, n, in) != static_cast<size_t>(n)) fail("the file of calls ends early");
@@ -90,9 +92,12 @@ struct Record {
   bool read() {
     int64_t length;
     if (std::fread(&length, 8, 1, in) != 1) return false;
-    counts[0] = counts[1] = 0;
+    std::memset(counts, 0, sizeof counts);
     op.resize(length);
     bytes(&op[0], length);
+    const size_t mark = op.find("+certified");
+    certified = mark != std::string::npos;
+    if (certified) op.resize(mark);
     buffers.resize(number<int64_t>());
     for (Buffer& buffer : buffers) {
       buffer.bytes = number<int64_t>();
@@ -136,6 +141,7 @@ struct Record {
     };
     const int recorded = static_cast<int>(number<int64_t>());
     Call call = {};
+    call.certified = certified;
     call.threads = threads ? threads : recorded;
     call.device = -1;
     call.counting = true;
@@ -149,6 +155,7 @@ struct Record {
     call.counting = false;
 #if defined(TOKENFLOW_EMULATED)
     call.counts = counts;
+    call.searched = counts + 2;
 #endif
     run(call);
     if (call.failure) fail(call.failure);
@@ -163,7 +170,7 @@ struct Record {
     const int64_t length = sentence.size();
     std::fwrite(&length, 8, 1, out);
     std::fwrite(sentence.data(), 1, sentence.size(), out);
-    std::fwrite(counts, 8, 2, out);
+    std::fwrite(counts, 8, 5, out);
     for (Buffer& buffer : buffers) {
       std::fwrite(buffer.data, 1, buffer.bytes, out);
       std::free(buffer.start);

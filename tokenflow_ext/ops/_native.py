@@ -48,6 +48,7 @@ _forked = False
 _warned = set()
 _counts = {}  # by ordinal of the CUDA device; -1: emulated
 _emulator = None
+_traced = 0  # blocks of `trace` that are open
 
 
 def _after_fork() -> None:
@@ -67,8 +68,8 @@ def threads() -> int:
 def runs_on(tensor: torch.Tensor):
     """(core, where): the core that computes where the tensor is, and the last arguments of its ops.
 
-    These are the threads of the CPU; or a CUDA device's ordinal, its current stream, and the two int64 on the device to which
-    kernels add what they may not raise or warn about: ids outside their table, rows that are not finite.
+    These are the threads of the CPU; or a CUDA device's ordinal, its current stream, and the int64 on the device to which
+    kernels add what they may not raise or warn about.
     """
     if tensor.is_cpu:
         if emulates():
@@ -79,12 +80,33 @@ def runs_on(tensor: torch.Tensor):
 
 
 def counts(device: int) -> torch.Tensor:
-    """The two counts of a CUDA device, always at the same address, so that graphs may hold it."""
+    """What the kernels of a CUDA device count, always at the same address, so that graphs may hold it.
+
+    Ids outside their table, rows that are not finite; and while searches are traced, of certified ones: rows answered, rows
+    handed over to the float32 search, segments scored again.
+    """
     if device not in _counts:
         if device >= 0:
             _C.cuda.check(device)
-        _counts[device] = torch.zeros(2, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
-    return _counts[device]
+        _counts[device] = torch.zeros(5, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
+    return _counts[device] if _traced else _counts[device][:2]
+
+
+def cuda_cores() -> list:
+    """The cores of CUDA that can run here: the extension's where there is a device, the tests' emulated one."""
+    own = getattr(_C, "cuda", None) if torch.cuda.is_available() else None
+    return [core for core in (own, _emulator) if core is not None]
+
+
+@contextlib.contextmanager
+def traced():
+    """Inside the block kernels count what certified searches do; yields a function that sums it up, which waits for devices."""
+    global _traced
+    _traced += 1
+    try:
+        yield lambda: torch.stack([torch.zeros(3, dtype=torch.int64), *(c[2:].cpu() for c in _counts.values())]).sum(0).tolist()
+    finally:
+        _traced -= 1
 
 
 def quietly(where: tuple) -> tuple:
@@ -97,8 +119,8 @@ def tell_counts(device: torch.device) -> None:
     index = -1 if device.type == "cpu" else device.index
     if index not in _counts:
         return
-    outside, bad = _counts[index].tolist()
-    _counts[index].zero_()
+    outside, bad = _counts[index][:2].tolist()
+    _counts[index][:2].zero_()
     if outside:
         warnings.warn(
             f"tokenflow_ext: {outside} ids lay outside their tables; they were read as NaN and sent no gradient",

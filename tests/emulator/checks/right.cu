@@ -35,6 +35,23 @@ CHECK_KERNEL(tiles_reused) {
   out[threadIdx.x] = sum;
 }
 
+// Blocks that use no shared memory do not come between those that do.
+CHECK_KERNEL(blocks_that_leave_at_once) {
+  if (blockIdx.x % 3 != 0) return;
+  SHARED(float, tile, [256]);
+  tile[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  if (blockIdx.x == 30) out[threadIdx.x] = tile[255 - threadIdx.x];
+}
+
+// Every row of A is 1, 2, 1, 2, ..; B is 1: sums of 24, once more for every warp.
+CHECK_KERNEL(tensor_cores) {
+  const unsigned a[4] = {0x40003f80u, 0x40003f80u, 0x40003f80u, 0x40003f80u}, b[2] = {0x3f803f80u, 0x3f803f80u};
+  float d[4] = {0, 1, 2, 3};
+  for (unsigned round = 0; round <= threadIdx.x / 32; ++round) mma_bf16(d, a, b);
+  out[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+}
+
 CHECK_KERNEL(votes_of_a_block) {
   const int count = __syncthreads_count(threadIdx.x % 3 == 0);
   const int all = __syncthreads_and(threadIdx.x < 256);
@@ -219,6 +236,8 @@ const Check kRight[] = {
     CHECK(sum_by_shuffles, 1, 256, 0, 255 * 128),
     CHECK(scan_by_shuffles, 1, 256, 0, scanned(i)),
     CHECK(tiles_reused, 1, 256, 0, 3 * (255 - i) + 3),
+    CHECK(blocks_that_leave_at_once, 40, 256, 0, 255 - i),
+    CHECK(tensor_cores, 1, 256, 0, 96 * (i / 32 + 1) + 6),
     CHECK(votes_of_a_block, 1, 256, 0, 86 + 1000 + 2000),
     CHECK(votes_of_a_warp, 1, 256, 0, 7),
     CHECK(warp_barriers, 1, 256, 0, i / 32 * 32 * 32 + 496),

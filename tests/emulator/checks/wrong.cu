@@ -84,6 +84,13 @@ CHECK_KERNEL(masks_that_disagree) {
   out[threadIdx.x] = __shfl_xor_sync(mask, in[threadIdx.x], 1);
 }
 
+CHECK_KERNEL(tensor_cores_that_some_skip) {
+  const unsigned a[4] = {}, b[2] = {};
+  float d[4] = {};
+  if (threadIdx.x % 32 != 9) mma_bf16(d, a, b);
+  out[threadIdx.x] = d[0];
+}
+
 CHECK_KERNEL(mask_of_absent_lanes) {  // a block of 40
   out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, in[threadIdx.x], 1);
 }
@@ -311,6 +318,7 @@ const Check kWrong[] = {
     CHECK(shuffle_in_two_branches, 1, 64, 0, i < 64 ? i ^ 1 : 0),
     CHECK(mask_without_own_lane, 1, 64, 0, i < 64 ? i ^ 1 : 0),
     CHECK(masks_that_disagree, 1, 64, 0, i < 64 ? i ^ 1 : 0),
+    CHECK(tensor_cores_that_some_skip, 1, 64, 0, 0),
     CHECK(mask_of_absent_lanes, 1, 40, 0, i < 40 ? i ^ 1 : 0),
     CHECK(shuffle_from_outside_the_mask, 1, 32, 0, i < 16 ? i + 16 : 0),
     CHECK(shared_never_written, 1, 256, 0, 2),
