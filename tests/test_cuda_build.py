@@ -83,29 +83,3 @@ def test_a_machine_without_a_gpu_is_told_so():
         pytest.skip("this machine has a GPU")
     with pytest.raises(RuntimeError, match="CUDA: wanted a driver of NVIDIA, got none"):
         _native._C.cuda.check(0)
-
-
-def cuobjdump(*options: str) -> str:
-    tool = [p for folder in map(Path, sys.path) for p in folder.glob("nvidia/cu*/bin/cuobjdump")]
-    command = [tool[0] if tool else shutil.which("cuobjdump"), *options, _native._C.__file__]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@needs_nvcc
-def test_every_architecture_is_in_the_file():
-    assert set(re.findall(r"\.(sm_\d+)\.cubin", cuobjdump("--list-elf"))) == set(ARCHITECTURES)
-    embedded = set(re.findall(r"\.(sm_\d+)\.ptx", cuobjdump("--list-ptx")))
-    assert embedded == {ARCHITECTURES[0], ARCHITECTURES[-1]}
-
-
-@needs_nvcc
-def test_no_kernel_spills_or_has_a_stack():
-    """What a launch may not find: registers of 256 threads at most 65536, shared memory within 48 KB without asking."""
-    usage = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    kernels = re.findall(usage, cuobjdump("--dump-resource-usage"))
-    assert len(kernels) >= len(ARCHITECTURES)
-    for name, registers, stack, shared, local in kernels:
-        assert int(stack) == int(local) == 0, f"{name}: stack {stack}, local {local}"
-        assert int(registers) <= 255 and int(shared) <= 49 * 1024, (
-            f"{name}: {registers} registers, {shared} bytes shared"
-        )

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
-from emulator.kernels import CUDA, KERNELS, caught, expecting, noticed_by_parts, plain, program, replay, some
+from emulator.kernels import CUDA, KERNELS, caught, expected, noticed_by_parts, plain, program, replay, some
 from emulator.mutants import mutants, reached
 from emulator.programs import MODES, SCHEDULES
 
@@ -28,13 +28,7 @@ def programs():
 
 @pytest.fixture(scope="module")
 def calls(programs):
-    """The calls, with what the kernels make of them in the plainest way."""
-    from emulator.problems import recorded
-
-    given = recorded()
-    ran, made = replay(programs["plain"], given)
-    assert ran.code == 0, ran.text
-    return expecting(given, made)
+    return expected()
 
 
 def test_certified_searches_return_the_bits_of_the_others(calls):

@@ -1,10 +1,10 @@
 // CUDA C++ as plain C++17: what kernels that include cuda/gpu.h may say. One fiber is one CUDA thread, one block runs
 // after another, all on the OS thread that launches; a second launch waits for the first. "Device memory" is the
-// host's.
+// host's. Kernels that ptx.py translated from nvcc's PTX, where a program has them, run in place of the compiled ones.
 //
-// To run a kernel: compile it, the emulator's six files, and a main of your own that calls the op as any function,
+// To run a kernel: compile it, the emulator's files, and a main of your own that calls the op as any function,
 //   g++ -std=c++17 -O2 -ffp-contract=off -DTOKENFLOW_EMULATED -DTOKENFLOW_ISA=cuda -I csrc -I tests/emulator
-//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,mma,names,warp}.cpp my_main.cpp
+//       -x c++ csrc/cuda/x.cu tests/emulator/{engine,fiber,memory,mma,names,ptx,trace,warp}.cpp my_main.cpp
 // and look at call.failure, the error of the launch as a sentence. With
 //   -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 // memory is checked to the byte (malloc every tensor in its exact size). Races are found by ThreadSanitizer, which must
@@ -25,6 +25,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <map>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -73,8 +75,23 @@ struct Launch {
   const char* kernel;  // its name, template arguments included
   dim3 grid, block;
   size_t dynamic_shared, static_shared;
+  bool from_ptx;
 };
 std::vector<Launch> take_launches();  // those since the last call, while config().log was set
+
+// Of each kernel from PTX: how many of its instructions some thread ran, and where those begin that none did.
+struct Coverage {
+  std::string kernel;
+  int ran, all;
+  std::vector<const char*> missed;
+};
+std::vector<Coverage> coverage();
+
+// What trace.cpp counted, by kernel: requests of warps, and what they take.
+struct Traffic {
+  uint64_t requests, sectors, least_sectors, shared_requests, wavefronts, least_wavefronts;
+};
+std::map<std::string, Traffic> take_traffic();
 
 struct Thread {
   uint3 thread, block;
@@ -105,9 +122,19 @@ bool issue_copy(void* to, const void* from, int bytes);  // whether it lands at 
 void commit_copies();
 const Copy* next_landing(int groups_left);  // that has to be there now; or none
 
-// Runs the grid; the error, or nullptr.
+// The arguments as the GPU gets them: one after another, each at a multiple of its alignment.
+template <class... P>
+struct Parameters {
+  alignas(16) unsigned char bytes[((sizeof(P) + alignof(P)) + ... + 1)];
+  explicit Parameters(const P&... each) {
+    size_t at = 0;
+    ((at = (at + alignof(P) - 1) / alignof(P) * alignof(P), memcpy(bytes + at, &each, sizeof(P)), at += sizeof(P)), ...);
+  }
+};
+
+// Runs the grid: `thread` on the arguments or, translated from PTX, on the parameters. The error, or nullptr.
 const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const void*),
-                const void* arguments);
+                const void* arguments, const void* parameters);
 
 template <class... P>
 const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, P... args) {
@@ -121,7 +148,8 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_s
     const Arguments* const a = static_cast<const Arguments*>(given);
     std::apply(a->kernel, a->values);
   };
-  return run(reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, thread, &arguments);
+  const Parameters<P...> parameters(args...);
+  return run(reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, thread, &arguments, parameters.bytes);
 }
 
 template <class To, class From>

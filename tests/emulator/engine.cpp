@@ -258,14 +258,27 @@ static const char* limits(dim3 grid, dim3 block, size_t dynamic_shared) {
   return dynamic_shared > shared_limit() ? "cudaErrorInvalidValue" : nullptr;
 }
 
+// The kernel of a launch as translated from PTX, where the program has such kernels: then all of them must be.
+static const char* translate(const void* kernel, dim3 block) {
+  engine.from_ptx = any_translations();
+  if (!engine.from_ptx) return nullptr;
+  const Translation* const found = translation_of(kernel);
+  if (!found) return keep((std::string(kernel_name(kernel)) + " is not among the kernels from PTX").c_str());
+  if (block.x * block.y * block.z > found->max_threads)
+    return keep((std::string("cudaErrorInvalidValue: __launch_bounds__ of ") + kernel_name(kernel)).c_str());
+  engine.thread = found->thread;
+  return nullptr;
+}
+
 const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const void*),
-                const void* arguments) {
+                const void* arguments, const void* parameters) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (const char* error = limits(grid, block, dynamic_shared)) return error;
+  engine.thread = thread;
+  if (const char* error = translate(kernel, block)) return error;
   engine.schedule = config().schedule;
   engine.kernel = kernel;
-  engine.thread = thread;
-  engine.arguments = arguments;
+  engine.arguments = engine.from_ptx ? parameters : arguments;
   engine.dynamic_shared = dynamic_shared;
   engine.static_shared = 0;
   engine.failure = nullptr;
@@ -301,7 +314,7 @@ const char* run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared
     for (int i = 0; i < engine.threads; ++i)
       if (set.fibers[i].launch == engine.launch) leave_launch(set.fibers[i], engine.end_tag);
   acquire(engine.end_tag);
-  if (config().log) launches.push_back({kernel_name(kernel), grid, block, dynamic_shared, engine.static_shared});
+  if (config().log) launches.push_back({kernel_name(kernel), grid, block, dynamic_shared, engine.static_shared, engine.from_ptx});
   return engine.failure;
 }
 

@@ -1,5 +1,7 @@
 // What the files of the emulator share: the block that runs, its threads, where they wait.
 #pragma once
+#include <string>
+
 #include "cuda_emulator.h"
 #include "fiber.h"
 
@@ -38,6 +40,24 @@ struct Lane : Thread {
   int first, last, group;
   bool shares;  // has used shared memory
 };
+
+// Instructions of PTX that run one after another, and where the first is.
+struct Block {
+  const char* site;
+  int instructions;
+};
+// A kernel that ptx.py made.
+struct Translation {
+  const char* file;
+  const char* symbol;
+  void (*thread)(const void* parameters);
+  unsigned max_threads;
+  const Block* blocks;
+  const bool* seen;  // whether a block ever ran
+  int block_count;
+};
+bool any_translations();
+const Translation* translation_of(const void* kernel);  // or nullptr
 
 // Memory that two blocks use would look shared by them to ThreadSanitizer, and fibers are too dear to have one for
 // every thread of a grid. So blocks alternate between sets of fibers, each with its own shared memory; blocks of one
@@ -79,6 +99,7 @@ struct Engine {
   const void* arguments;
   size_t dynamic_shared, static_shared;
   const char* failure;
+  bool from_ptx;
   uint64_t random;
 };
 extern Engine engine;  // not on the heap: ThreadSanitizer takes each allocation for a write of the thread that makes it
@@ -91,7 +112,13 @@ void pause(bool for_good = false);  // others run
 void multiply(Lane* warp);          // mma.cpp: the matrices of all its lanes
 void begin_shared();                // memory.cpp: of a new block
 size_t shared_limit();
-const char* kernel_name(const void* kernel);
+// The symbol of a kernel: the source that it stands in, its name with types and all.
+struct Symbol {
+  std::string file, name;
+};
+const Symbol& kernel_symbol(const void* kernel);
+std::string demangled(const char* symbol);
+const char* kernel_name(const void* kernel);  // for people
 const char* keep(const char* text);  // for the rest of the program
 
 }  // namespace cuda_emulator

@@ -1,10 +1,12 @@
 """The CUDA kernels as a program: recorded calls of the ops replayed on them, in each mode, whole or as a mutant."""
 
+import functools
 import os
 import re
 import struct
 import subprocess
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from replay import Call, differences, read_results
 
 from emulator.mutants import CUDA, Mutant, reached
+from emulator.nvcc import Edit, translation
 from emulator.programs import FOLDER, ROOT, Ran, build, places, run
 
 DOOR = (CUDA / "bindings.h").read_text()
@@ -20,14 +23,44 @@ OPS = re.findall(r"TOKENFLOW_CUDA_OP\((\w+)\);", DOOR)
 KERNELS = sorted(file for file in CUDA.glob("*.cu") if file.name != "device.cu")
 
 
-def program(mode: str, mutant: Mutant | None = None, source: Path | None = None) -> Path:
-    """tests/replay/replay.cpp with all kernels; those of one source as a mutant."""
+@functools.cache
+def _sources() -> dict[Path, tuple[str, ...]]:
+    """tests/replay/replay.cpp and all kernels, with their flags."""
     folder = Path(FOLDER.name)
     (folder / "ops.inc").write_text("".join(f"TOKENFLOW_CUDA_OP({op});\n" for op in OPS))
-    sources = {**dict.fromkeys(KERNELS, ()), ROOT / "tests/replay/replay.cpp": (f"-I{folder}",)}
+    return {**dict.fromkeys(KERNELS, ()), ROOT / "tests/replay/replay.cpp": (f"-I{folder}",)}
+
+
+def program(mode: str, mutant: Mutant | None = None, source: Path | None = None) -> Path:
+    """The program that makes recorded calls; with the kernels of one source as a mutant."""
     if mutant is None:
-        return build("replay", mode, sources)
-    return build(f"{mutant.file.name}-{mutant.start}-{source.stem}", mode, mutant.change(sources, source))
+        return build("replay", mode, _sources())
+    return build(f"{mutant.file.name}-{mutant.start}-{source.stem}", mode, mutant.change(_sources(), source))
+
+
+@functools.cache
+def ptx_program(mode: str, architecture: int, only: tuple[str, ...] = (), edit: Edit | None = None) -> Path:
+    """The same program, whose kernels are nvcc's PTX for an architecture.
+
+    With `only`, those of these sources alone: a launch of another one is an error. The first of them may be edited.
+    """
+    chosen = [source for source in KERNELS if not only or source.name in only]
+    edits = {only[0]: edit} if edit else {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda source: translation(source, architecture, edit=edits.get(source.name)), chosen)
+        sources = {**_sources(), **dict.fromkeys(made, ())}
+    name = zlib.crc32(" ".join(sorted(map(str, sources))).encode())
+    return build(f"ptx-{name:08x}", mode, sources)
+
+
+def traced_program(architecture: int) -> Path:
+    """The program of the PTX that counts what requests of warps take (trace.cpp)."""
+    made = [translation(source, architecture) for source in KERNELS]
+    sources = {**_sources(), **dict.fromkeys(made, ())}
+    traced = [source for source in sources if source not in KERNELS]
+    return build(
+        "traced", "plain", {s: (*own, *("-DCUDA_EMULATOR_TRACE",) * (s in traced)) for s, own in sources.items()}
+    )
 
 
 def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
@@ -37,6 +70,17 @@ def replay(program: Path, calls: list[Call], **schedule) -> tuple[Ran, list]:
         file.write_bytes(b"".join(call.encoded for call in calls))
         ran = run(program, str(file), str(results), **schedule)
         return ran, read_results(results, calls) if ran.code == 0 else []
+
+
+@functools.cache
+def expected(*parts: str) -> list[Call]:
+    """The calls of all problems, or of those larger ones, with what the kernels make of them in the plainest way."""
+    from emulator import larger, problems
+
+    given = problems.recorded(*(getattr(larger, part) for part in parts))
+    ran, made = replay(program("plain"), given)
+    assert ran.code == 0, ran.text
+    return expecting(given, made)
 
 
 def expecting(calls: list[Call], made: list) -> list[Call]:

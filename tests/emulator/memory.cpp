@@ -41,6 +41,7 @@ size_t shared_limit() {
 }
 
 static char* arena() { return engine.sets[engine.set].shared; }
+char* shared_memory;  // the same, for kernels from PTX
 
 // Space at an address that is a multiple of `alignment` and not of its double, filled with poison.
 static size_t place(size_t size, size_t alignment) {
@@ -63,6 +64,7 @@ static size_t place(size_t size, size_t alignment) {
 }
 
 void begin_shared() {
+  shared_memory = arena();
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(arena(), kArena);
 #endif

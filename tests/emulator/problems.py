@@ -83,6 +83,7 @@ def statistics() -> None:
             ops.ema_update_(*state, counts, sums, decay=0.9, metric=metric, normalize_mean=mean)
         codebook = table(2, 61, 5, seed=12, dtype=dtype).requires_grad_()
         gradients([ops.lookup(torch.stack([ids, ids.flip(0)], -1), codebook)], [codebook], seed=13)
+        ops.lookup(ids, table(61, 16, seed=14, dtype=dtype))  # codes of whole 16 bytes
         for outside in (lambda i: ops.lookup(i, codebook[0]), lambda i: ops.code_statistics(x.detach(), i, 61)):
             with contextlib.suppress(ValueError):
                 outside(ids % 70 - 4)
@@ -155,18 +156,22 @@ def multiscale() -> None:
         ops.multiscale_inputs(ids, codebooks, rule="chain", scales=options["scales"], size=5)
 
 
-def recorded() -> list[Call]:
-    """The calls of all problems of ops that have kernels, short ones first; those that search also as certified ones."""
+PARTS = (search, certifying, quantizing, statistics, softmaxes, multiscale)
+
+
+def recorded(*parts) -> list[Call]:
+    """The calls of all problems, or of some, of ops that have kernels, short ones first; searches also as certified ones."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     try:
         with warnings.catch_warnings(), record() as calls:
             warnings.simplefilter("ignore")
-            probing(calls)
-            for part in (search, certifying, quantizing, statistics, softmaxes, multiscale):
+            if not parts:
+                probing(calls)
+            for part in parts or PARTS:
                 part()
     finally:
         torch.use_deterministic_algorithms(False)
-    silent = set(OPS) - {call.op for call in calls}
+    silent = set(OPS) - {call.op for call in calls} if not parts else ()
     assert not silent, f"ops that no problem calls: {sorted(silent)}"
     calls = [call for call in calls if call.op in OPS]
     calls += [certified(call) for call in calls if call.op in SEARCHING]

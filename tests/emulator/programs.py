@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-EMULATOR = [ROOT / "tests/emulator" / f"{name}.cpp" for name in ("engine", "fiber", "memory", "mma", "names", "warp")]
+EMULATOR = [
+    ROOT / "tests/emulator" / f"{name}.cpp"
+    for name in ("engine", "fiber", "memory", "mma", "names", "ptx", "trace", "warp")
+]
 SCHEDULES = ("forward", "reverse", "threads", "warps")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 FLAGS = [

@@ -57,6 +57,13 @@ TOKENFLOW_DECLARE_OPS TOKENFLOW_DECLARE_MULTISCALE_OPS
   std::exit(2);
 }
 
+// As the recorded tensors; where traffic is counted, as cudaMalloc would.
+#if defined(CUDA_EMULATOR_TRACE)
+constexpr int64_t kAlignment = 256, kAligned = 1;
+#else
+constexpr int64_t kAlignment = 64, kAligned = 64;
+#endif
+
 struct Buffer {
   void* start;  // of the allocation
   char* data;
@@ -94,8 +101,8 @@ struct Record {
     buffers.resize(number<int64_t>());
     for (Buffer& buffer : buffers) {
       buffer.bytes = number<int64_t>();
-      const int64_t offset = number<int64_t>();
-      if (posix_memalign(&buffer.start, 64, buffer.bytes + offset)) fail("no memory");
+      const int64_t offset = number<int64_t>() % kAligned;
+      if (posix_memalign(&buffer.start, kAlignment, buffer.bytes + offset)) fail("no memory");
       buffer.data = static_cast<char*>(buffer.start) + offset;
       bytes(buffer.data, buffer.bytes);
     }
@@ -140,7 +147,7 @@ struct Record {
     call.counting = true;
     if (const Error error = run(call)) return error;
     void* scratch = nullptr;
-    if (posix_memalign(&scratch, 64, call.taken)) fail("no memory");
+    if (posix_memalign(&scratch, kAlignment, call.taken)) fail("no memory");
     std::memset(scratch, -1, call.taken);
     call.scratch = static_cast<char*>(scratch);
     call.size = call.taken;
@@ -195,7 +202,19 @@ int main(int argc, char** argv) {
   std::printf("%s %lld\n", kIsaNames[isa], static_cast<long long>(calls));
 #if defined(TOKENFLOW_EMULATED)
   for (const auto& l : cuda_emulator::take_launches())
-    std::printf("%s: %u threads, %zu + %zu shared bytes\n", l.kernel, l.block.x * l.block.y * l.block.z,
-                l.dynamic_shared, l.static_shared);
+    std::printf("%s: %u threads, %zu + %zu shared bytes%s\n", l.kernel, l.block.x * l.block.y * l.block.z,
+                l.dynamic_shared, l.static_shared, l.from_ptx ? ", from PTX" : "");
+  for (const auto& each : cuda_emulator::take_traffic()) {
+    const auto& t = each.second;
+    std::printf("traffic: %s: %llu %llu %llu %llu %llu %llu\n", each.first.c_str(), (unsigned long long)t.requests,
+                (unsigned long long)t.sectors, (unsigned long long)t.least_sectors,
+                (unsigned long long)t.shared_requests, (unsigned long long)t.wavefronts,
+                (unsigned long long)t.least_wavefronts);
+  }
+  for (const auto& c : cuda_emulator::coverage()) {
+    std::printf("PTX: %d of %d instructions of %s ran; not those at", c.ran, c.all, c.kernel.c_str());
+    for (const char* site : c.missed) std::printf(" %s", site);
+    std::puts("");
+  }
 #endif
 }
