@@ -177,7 +177,7 @@ def main() -> int:
     checks = plan(given.emulated)
     checks = [check for i, check in enumerate(checks) if i < BEFORE_ALL or given.only in check.name]
     folder = Path(tempfile.mkdtemp(prefix="gpu_check_"))
-    rows = {check.name: Row(check.name) for check in checks}
+    rows, start = {check.name: Row(check.name) for check in checks}, time.monotonic()
     try:
         run_all(checks, rows, given, folder)
     except KeyboardInterrupt:
@@ -192,7 +192,7 @@ def main() -> int:
         print(f"\n{len(bad)} of {len(rows)} checks did not pass: {', '.join(bad)}. What they said: {folder}")
         return 1
     shutil.rmtree(folder)
-    print(f"\n{len(rows)} checks, none failed")
+    print(f"\n{len(rows)} checks in {time.monotonic() - start:.0f} s, none failed")
     return 0
 
 

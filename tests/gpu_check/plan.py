@@ -11,7 +11,7 @@ TOOLS = ("memcheck", "racecheck")
 SHAPES = (
     *("lookup, TokenFlow's pixel table", "search, LlamaGen", "search, VAR", "search, A, TokenFlow's pixel table"),
     *("search, C, UniTok", "search, D, wide VAR", "search, E, VQGAN", "search, IBQ"),
-    *("quantize, 16 images", "training, 1 image", "training, 16 images", "multi-scale, VAR", "multi-scale, TokenFlow"),
+    *("quantize, 16 images", "training, 1 image", "training, 16 images", "multi-scale, TokenFlow", "multi-scale, VAR"),
 )
 """What is timed: gpu_check/timing.py says how large each is."""
 

@@ -149,7 +149,9 @@ def work(place: Gpu, shape: str) -> Work:
         rows = {"1 image": 256, "16 images": 4096}[name]
         return quantize(place, limit(rows, 20), limit(bench_shared_quantize.CODES, 50), kind == "training")
     size = bench_multiscale.SIZES[name]
-    return multiscale(place, replace(size, codes=limit(size.codes, 20)), limit(16, 1))
+    if small:
+        size = replace(size, codes=20, scales=size.scales[:2])
+    return multiscale(place, size, limit(16, 1))
 
 
 def measured(place: Gpu, shape: str) -> str:
