@@ -12,6 +12,7 @@ import torch
 from harness import normal
 from multiscale_cases import MODES, case, decoding
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -246,3 +247,34 @@ def test_modules_stay_on_a_gpu(with_cuda, kind, update, around):
             for module in (module, module.eval()):
                 out = module(features)
     assert {t.device for t in out} == {torch.device("cuda:1")} and out.quantized.shape == (2, 8, 4, 4)
+
+
+@pytest.mark.parametrize("how", ["compile", "make_fx", "export"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("around", HELPERS)
+@pytest.mark.parametrize(
+    ("kind", "update"),
+    [*((kind, "gradient") for kind in QUANTIZERS if kind != "revived"), ("one table", "ema"), ("l2", "ema")],
+)  # the others index a tensor from Python, which torch without CUDA cannot do on a GPU while it traces
+def test_modules_on_a_gpu_become_one_graph(with_cuda, kind, update, around, training, how):
+    """As far as tracing goes without a GPU: gradients need torch's own CUDA."""
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda:1"):
+            module, features = quantizer(kind, update, around, "native").requires_grad_(False), torch.empty(2, 8, 4, 4)
+        module.train(training)
+        wanted, graphs = module(features), []
+        if how == "compile":
+            torch._dynamo.reset()
+            call = torch.compile(module, fullgraph=True, backend=lambda g, _: graphs.append(g) or g.forward)
+            made = call(features)
+        elif how == "make_fx":
+            graphs.append(make_fx(lambda x: tuple(module(x)), tracing_mode="fake")(features))
+            made = graphs[0](features)
+        else:
+            graphs.append(torch.export.export(module, (features,)).graph_module)
+            made = wanted
+    called = [node.target._opname for node in graphs[0].graph.nodes if "tokenflow_ext" in str(node.target)]
+    assert len(graphs) == 1 and called[0] == {"plain": "quantize", "multiscale": "multiscale_quantize"}[around]
+    assert ("ema_update_" in called) == (update == "ema" and training)
+    for a, b in zip(made, wanted, strict=True):
+        assert (a.device, a.shape, a.dtype, a.stride()) == (b.device, b.shape, b.dtype, b.stride())
