@@ -11,7 +11,7 @@ import pytest
 import torch
 from gpu_check import calls, machine, sanitizer, tensor_cores
 from gpu_check.place import Gpu, Rehearsal, State
-from gpu_check.plan import NoGpu, plan
+from gpu_check.plan import BEFORE_ALL, NoGpu, plan
 from harness import normal
 
 from tokenflow_ext.ops import _native
@@ -42,13 +42,14 @@ def test_every_check_runs_in_the_rehearsal():
 
 
 def test_what_fails_crashes_or_hangs_is_listed_with_all_others():
-    broken = {"lookup": "fail", "lookup_backward": "crash", "ema_update": "hang"}
-    options = [word for op, how in broken.items() for word in ("--break", f"op {op}={how}")]
-    code, rows, text = gpu_check("--emulated", "--jobs", "2", "--only", "op ", "--timeout", "25", *options)
-    wanted = {"op lookup": "failed", "op lookup_backward": "crashed", "op ema_update": "hung"}
+    broken = {"op quantize": "fail", "op multiscale_quantize": "crash", "op quantize_backward": "hang"}
+    options = [word for op, how in broken.items() for word in ("--break", f"{op}={how}")]
+    code, rows, text = gpu_check("--emulated", "--jobs", "2", "--only", "quantize", "--timeout", "25", *options)
+    ended = {"fail": "failed", "crash": "crashed", "hang": "hung"}
+    wanted = {op: ended[how] for op, how in broken.items()}
     assert code == 1 and {name: result for name, (result, _) in rows.items() if result != "passed"} == wanted, text
-    assert set(rows) >= {check.name for check in plan(emulated=True) if "op " in check.name}
-    assert "SIGABRT" in rows["op lookup_backward"][1] and "after 25 s" in rows["op ema_update"][1]
+    assert set(rows) == {c.name for i, c in enumerate(plan(emulated=True)) if i < BEFORE_ALL or "quantize" in c.name}
+    assert "SIGABRT" in rows["op multiscale_quantize"][1] and "after 25 s" in rows["op quantize_backward"][1]
 
 
 def test_a_failure_of_the_first_check_ends_the_others():
