@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import emulator
 import pytest
 import torch
+from emulator.kernels import OPS
 from gpu_check import calls, machine, sanitizer, tensor_cores
 from gpu_check.place import Gpu, Rehearsal, State
 from gpu_check.plan import BEFORE_ALL, NoGpu, plan
@@ -42,14 +43,15 @@ def test_every_check_runs_in_the_rehearsal():
 
 
 def test_what_fails_crashes_or_hangs_is_listed_with_all_others():
-    broken = {"op quantize": "fail", "op multiscale_quantize": "crash", "op quantize_backward": "hang"}
-    options = [word for op, how in broken.items() for word in ("--break", f"{op}={how}")]
-    code, rows, text = gpu_check("--emulated", "--jobs", "2", "--only", "quantize", "--timeout", "25", *options)
+    timing = "timing lookup, TokenFlow's pixel table"
+    broken = {"op lookup": "fail", "op lookup_backward": "crash", timing: "hang"}
+    options = [word for check, how in broken.items() for word in ("--break", f"{check}={how}")]
+    code, rows, text = gpu_check("--emulated", "--jobs", "2", "--only", "lookup", "--timeout", "20", *options)
     ended = {"fail": "failed", "crash": "crashed", "hang": "hung"}
-    wanted = {op: ended[how] for op, how in broken.items()}
+    wanted = {check: ended[how] for check, how in broken.items()}
     assert code == 1 and {name: result for name, (result, _) in rows.items() if result != "passed"} == wanted, text
-    assert set(rows) == {c.name for i, c in enumerate(plan(emulated=True)) if i < BEFORE_ALL or "quantize" in c.name}
-    assert "SIGABRT" in rows["op multiscale_quantize"][1] and "after 25 s" in rows["op quantize_backward"][1]
+    assert set(rows) == {c.name for i, c in enumerate(plan(emulated=True)) if i < BEFORE_ALL or "lookup" in c.name}
+    assert "SIGABRT" in rows["op lookup_backward"][1] and "after 20 s" in rows[timing][1]
 
 
 def test_a_failure_of_the_first_check_ends_the_others():
@@ -191,6 +193,20 @@ def test_what_a_sanitizer_finds_fails(monkeypatch):
     monkeypatch.setattr(sanitizer, "tool", lambda place: [sys.executable, "-c", said])
     with pytest.raises(AssertionError, match="memcheck ended with 7: ERROR SUMMARY: 3 errors"):
         sanitizer.under(Rehearsal(), "memcheck")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "mma_probe"])
+def test_every_op_is_right_amid_guards(op, everything):
+    """The check that a GPU has to pass, of the ops that the rehearsal leaves out too."""
+    assert re.match(r"\d+ calls", calls.op(Rehearsal(), op))
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPU_CHECK_FOLDER", str(tmp_path_factory.mktemp("gpu_check")))
+        calls.record_all(Rehearsal())
+        yield
 
 
 def test_sums_off_by_the_whole_bound_fail(built, monkeypatch):
