@@ -50,7 +50,13 @@ class _Listening(TorchDispatchMode):
 def heard():
     """Calls of every operator, in every type and with every option."""
     with _Listening() as mode, pytest.warns(RuntimeWarning):
-        for part in (problems.search, problems.quantizing, problems.statistics, problems.softmaxes, problems.multiscale):
+        for part in (
+            problems.search,
+            problems.quantizing,
+            problems.statistics,
+            problems.softmaxes,
+            problems.multiscale,
+        ):
             part()
     return mode.heard
 
@@ -109,7 +115,7 @@ def test_shapes_types_and_strides_on_a_gpu(heard, reached):
     """The fake of every operator promises what its kernel returned, on the device of its arguments."""
     for call in heard:
         with FakeTensorMode():
-                promised = tensors(call.op(*like("cuda:1")(call.args)))
+            promised = tensors(call.op(*like("cuda:1")(call.args)))
         assert len(promised) == len(call.results), call.op
         for a, b in zip(promised, call.results, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), call.op

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulator
 import pytest
@@ -14,8 +13,6 @@ from gpu_check import calls, machine, sanitizer, tensor_cores
 from gpu_check.place import Gpu, Rehearsal, State
 from gpu_check.plan import BEFORE_ALL, NoGpu, plan
 from harness import normal
-
-from tokenflow_ext.ops import _native
 
 PROGRAM = Path(__file__).with_name("gpu_check")
 
@@ -221,8 +218,7 @@ def test_sums_off_by_the_whole_bound_fail(built, monkeypatch):
     assert "largest error" in tensor_cores.layout_and_sums(Rehearsal())
 
 
-def test_the_gpu_and_its_stand_in_offer_the_same():
-    """No method of the one is missing in the other, and none that reaches the device is left as it is."""
-    own = {name for name, value in vars(Gpu).items() if not name.startswith("_")}
-    assert own <= {name for name in vars(Rehearsal)} and _native._emulator is not None
-    assert SimpleNamespace(**{name: getattr(Rehearsal(), name) for name in own})
+def test_every_line_of_the_gpu_runs_in_the_rehearsal():
+    """But what says where the kernels are: the stand-in takes the place of torch.cuda, not of the lines that call it."""
+    own = {name for name, value in vars(Rehearsal).items() if callable(value) or isinstance(value, property)}
+    assert own == {"__init__", "core", "built"} and isinstance(Rehearsal(), Gpu)

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[0] = str(TESTS.parent)  # the source tree holds the core only where it was built in place
-if not any((TESTS.parent / "tokenflow_ext").glob("_C*.so")):
-    sys.path[0] = str(TESTS)
+# The source tree would shadow the installed package, unless the core was built in place; tests/cuda would shadow NVIDIA's cuda.
+sys.path[:1] = [str(TESTS.parent)] if any((TESTS.parent / "tokenflow_ext").glob("_C*.so")) else []
 sys.path.append(str(TESTS))
 
 from gpu_check.plan import BEFORE_ALL, Check, NoGpu, Skip, plan  # noqa: E402

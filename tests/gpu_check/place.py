@@ -1,11 +1,11 @@
 """Where the checks run: a GPU, or the same lines rehearsed on the emulated kernels with stand-ins for streams and graphs."""
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from gpu_check.stand_in import Cuda
 
 from tokenflow_ext import build_info
 from tokenflow_ext.ops import _native
@@ -24,61 +24,66 @@ class State:
 class Gpu:
     """One CUDA device: its core, streams, graphs, clock and memory."""
 
-    name, backend, compiler, repeats = "gpu", "native", "inductor", 20
+    name, backend, compiler, repeats, cuda = "gpu", "native", "inductor", 20, torch.cuda
     driver_command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
 
     def __init__(self, ordinal: int = 0):
-        self.ordinal, self.device = ordinal, torch.device("cuda", ordinal)
+        self.ordinal, self.device, self.number = ordinal, torch.device("cuda", ordinal), ordinal
 
     @property
     def core(self):
         return _native._C.cuda
 
+    def built(self) -> tuple[list[str], str | None]:
+        """Architectures of the kernels, and torch's CUDA."""
+        return build_info().get("cuda", []), torch.version.cuda
+
     def state(self) -> State:
-        architectures, problem = build_info().get("cuda", []), ""
+        (architectures, torch_cuda), problem = self.built(), ""
         try:
             if architectures:
-                self.core.check(self.ordinal)
+                self.core.check(self.number)
         except RuntimeError as error:
             problem = str(error)
-        return State(architectures, problem, torch.version.cuda, torch.cuda.is_available())
+        return State(architectures, problem, torch_cuda, self.cuda.is_available())
 
     def others(self) -> list["Gpu"]:
         """The machine's other devices."""
-        return [Gpu(i) for i in range(torch.cuda.device_count()) if i != self.ordinal]
+        return [type(self)(i) for i in range(self.cuda.device_count()) if i != self.ordinal]
 
     def counts(self) -> torch.Tensor:
-        return torch.zeros_like(_native.counts(self.ordinal))
+        return torch.zeros_like(_native.counts(self.number))
 
     def where(self) -> tuple[int, int]:
         """(device, stream) as the core takes them."""
-        return self.ordinal, torch.cuda.current_stream(self.device).cuda_stream
+        return self.number, self.cuda.current_stream(self.device).cuda_stream
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
+        self.cuda.synchronize(self.device)
 
     def stream(self):
-        return torch.cuda.Stream(self.device)
+        return self.cuda.Stream(self.device)
 
     def submit(self, stream, call: Callable[[], object]) -> None:
         """The call on a stream, from the thread's current device."""
-        with torch.cuda.stream(stream):
+        with self.cuda.stream(stream):
             call()
 
     def hold(self, stream) -> None:
         """What is submitted to the stream from now on has to wait: a tenth of a second or so."""
-        self.submit(stream, lambda: torch.cuda._sleep(200_000_000))
+        with self.cuda.stream(stream):
+            self.cuda._sleep(200_000_000)
 
     def captured(self, call: Callable[[], object]) -> Callable[[], None]:
         """A graph of the call; called, it replays."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+        graph = self.cuda.CUDAGraph()
+        with self.cuda.device(self.device), self.cuda.graph(graph):
             call()
         return graph.replay
 
     def milliseconds(self, call: Callable[[], object]) -> list[float]:
         """What every one of `repeats` calls took on the device."""
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats)]
+        pairs = [[self.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats)]
         for start, end in pairs:
             start.record()
             call()
@@ -89,91 +94,48 @@ class Gpu:
     def peak_bytes(self, call: Callable[[], object]) -> int:
         """What the call takes beyond what is allocated already."""
         self.synchronize()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        self.cuda.reset_peak_memory_stats(self.device)
+        before = self.cuda.memory_allocated(self.device)
         call()
         self.synchronize()
-        return torch.cuda.max_memory_allocated(self.device) - before
+        return self.cuda.max_memory_allocated(self.device) - before
 
     def properties(self):
-        return torch.cuda.get_device_properties(self.device)
-
-
-class _Stream:
-    """Stands in for a stream: runs what it is given, or keeps it while it is held."""
-
-    def __init__(self):
-        self.held, self.waiting = False, []
-
-    def synchronize(self) -> None:
-        self.held = False
-        while self.waiting:
-            self.waiting.pop(0)()
-
-
-class _Properties:
-    """Stands in for torch.cuda.get_device_properties: those of an A100."""
-
-    name, major, minor, total_memory, multi_processor_count = "the emulator", 8, 0, 40 << 30, 108
-    clock_rate, memory_clock_rate, memory_bus_width = 1_410_000, 1_215_000, 5120
+        return self.cuda.get_device_properties(self.device)
 
 
 class Rehearsal(Gpu):
-    """The emulated kernels on CPU tensors; every method of Gpu that has no meaning there does the nearest that has."""
+    """The emulated kernels on CPU tensors, with a stand-in for torch.cuda: every line of Gpu runs but those repeated here."""
 
-    name, backend, compiler, repeats = "emulated", "emulated", "aot_eager", 3
+    name, backend, compiler, repeats, cuda = "emulated", "emulated", "aot_eager", 3, Cuda()
     driver_command = [sys.executable, "-c", "print('580.65.06')"]
 
     def __init__(self, ordinal: int = 0):
-        self.ordinal, self.device = ordinal, torch.device("cpu")
+        super().__init__(ordinal)
+        self.device, self.number = torch.device("cpu"), -1
         self.core  # registers the backend
 
     @property
     def core(self):
         import emulator
 
-        return emulator.core()
+        return _Launching(emulator.core(), self.cuda.launch)
 
-    def state(self) -> State:
-        return State(["sm_80"], "", "13.0", True)
+    def built(self) -> tuple[list[str], str | None]:
+        return ["sm_80"], "13.0"
 
-    def others(self) -> list["Rehearsal"]:
-        return [Rehearsal(1)] if self.ordinal == 0 else []
 
-    def counts(self) -> torch.Tensor:
-        return torch.zeros_like(_native.counts(-1))
+class _Launching:
+    """The emulated core, whose ops go where the stand-in sends them."""
 
-    def where(self) -> tuple[int, int]:
-        return -1, 0
+    def __init__(self, core, launch):
+        self._core, self._launch = core, launch
 
-    def synchronize(self) -> None:
-        pass
+    def check(self, number: int) -> None:
+        assert number == -1
 
-    def stream(self):
-        return _Stream()
-
-    def submit(self, stream, call) -> None:
-        stream.waiting.append(call)
-        if not stream.held:
-            stream.synchronize()
-
-    def hold(self, stream) -> None:
-        stream.held = True
-
-    def captured(self, call):
-        return call
-
-    def milliseconds(self, call) -> list[float]:
-        taken = []
-        for _ in range(self.repeats):
-            start = time.perf_counter()
-            call()
-            taken.append(1e3 * (time.perf_counter() - start))
-        return taken
-
-    def peak_bytes(self, call) -> int:
-        call()
-        return 0
-
-    def properties(self):
-        return _Properties
+    def __getattr__(self, name):
+        function = getattr(self._core, name)
+        if name in ("certify", "configure", "take_launches"):
+            return function
+        return lambda *arguments: self._launch(lambda: function(*arguments))
