@@ -183,6 +183,7 @@ def main() -> int:
         print("interrupted")
     first = rows[checks[0].name]
     if first.result == "no gpu":
+        shutil.rmtree(folder)
         print(first.detail)
         return 2
     print("\n" + table(list(rows.values())))
