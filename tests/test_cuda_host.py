@@ -130,8 +130,8 @@ def test_the_first_error_ends_the_op_and_is_told(told, calls, failing, monkeypat
     assert ran.code == 2 and "replay: cudaErrorLaunchFailure" in ran.text
     said = [line.split(" ")[1:] for line in ran.text.splitlines() if line.startswith("api ")]
     after = said[next(i for i, call in enumerate(said) if call[0] == failing) + 1 :]
-    assert all(name == "cudaSetDevice" and words == ["0"] for name, *words in after), after
-    assert len(after) == (failing != "cudaGetDevice")
+    after = [call for call in after if call[0] != "cudaDeviceGetAttribute"]  # a later search may ask
+    assert after == [["cudaSetDevice", "0"]]
 
 
 def test_calls_to_cuda_stand_in_two_files():
