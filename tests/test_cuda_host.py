@@ -1,7 +1,7 @@
-"""What the host says to CUDA while ops run: csrc/cuda as it is, on a runtime that tells every call and launches in emulation.
+"""What the host says to CUDA while ops run: csrc/cuda on a runtime that tells every call and launches in emulation.
 
-The runtime (tests/fake_cuda) has no call that waits, copies or allocates: one in csrc/cuda would not compile here. gpu.h's host
-side is the real one; its kernels keep the emulator's threads.
+The runtime (tests/fake_cuda) has no call that waits, copies or allocates: one in csrc/cuda would not compile here.
+gpu.h's host side is the real one; its kernels keep the emulator's threads.
 """
 
 import os
@@ -83,7 +83,7 @@ def test_nothing_is_called_that_a_capture_forbids(told):
 
 
 def test_launches_have_their_device_and_stream(told):
-    """The device is current in every launch and while a kernel gets its shared memory, and the one before is again after it."""
+    """The device is current in every launch and while a kernel gets shared memory, and the one before is again after."""
     for device, said in told.items():
         current, launches = 0, 0
         for name, *words in said:

@@ -1,6 +1,6 @@
-"""What of CUDA can be held to without a GPU: shapes on fake devices, the device and stream that kernels get, no wait in a step.
+"""What of CUDA can be held to without a GPU: shapes on fake devices, the device and stream that kernels get.
 
-Every operator call that the problems of tests/emulator make is heard on the CPU, and made again with fake tensors of a GPU.
+Every operator call that the problems of tests/emulator make is heard on the CPU and made again with fake tensors.
 """
 
 import sys
