@@ -1,7 +1,7 @@
-"""What may not happen while a CUDA graph is captured: no op or module waits for the device or asks a tensor for a number.
+"""What may not happen while a CUDA graph is captured: no op or module waits for the device or asks for a number.
 
-Steps run twice: on the emulated kernels, where every call that would wait raises, by the short way and through the dispatcher;
-and on fake tensors of a GPU, where nothing has numbers and whatever leaves the device is seen.
+Steps run twice: on the emulated kernels, where every call that would wait raises, by the short way and through the
+dispatcher; and on fake tensors of a GPU, where nothing has numbers and whatever leaves the device is seen.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""What the host says to CUDA while ops run: csrc/cuda as it is, on a runtime that tells every call and launches in emulation.
+"""What the host says to CUDA while ops run: csrc/cuda on a runtime that tells every call and launches in emulation.
 
-The runtime (tests/fake_cuda) has no call that waits, copies or allocates: one in csrc/cuda would not compile here. gpu.h's host
-side is the real one; its kernels keep the emulator's threads.
+The runtime (tests/fake_cuda) has no call that waits, copies or allocates: one in csrc/cuda would not compile here.
+gpu.h's host side is the real one; its kernels keep the emulator's threads.
 """
 
 import os
@@ -83,7 +83,7 @@ def test_nothing_is_called_that_a_capture_forbids(told):
 
 
 def test_launches_have_their_device_and_stream(told):
-    """The device is current in every launch and while a kernel gets its shared memory, and the one before is again after it."""
+    """The device is current in every launch and while a kernel gets shared memory, and the one before is again after."""
     for device, said in told.items():
         current, launches = 0, 0
         for name, *words in said:
@@ -130,8 +130,8 @@ def test_the_first_error_ends_the_op_and_is_told(told, calls, failing, monkeypat
     assert ran.code == 2 and "replay: cudaErrorLaunchFailure" in ran.text
     said = [line.split(" ")[1:] for line in ran.text.splitlines() if line.startswith("api ")]
     after = said[next(i for i, call in enumerate(said) if call[0] == failing) + 1 :]
-    assert all(name == "cudaSetDevice" and words == ["0"] for name, *words in after), after
-    assert len(after) == (failing != "cudaGetDevice")
+    after = [call for call in after if call[0] != "cudaDeviceGetAttribute"]  # a later search may ask
+    assert after == [["cudaSetDevice", "0"]]
 
 
 def test_calls_to_cuda_stand_in_two_files():

@@ -8,15 +8,19 @@
 #include <cstring>
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorLaunchFailure };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 
 namespace fake_cuda {
 
 struct State {
-  int device = 0;                // current
-  const char* failure = nullptr; // of the last launch
+  int device = 0;                 // current
+  const char* failure = nullptr;  // of the last launch
 };
 inline State& state() {
   static State one;
@@ -72,7 +76,8 @@ inline const char* cudaGetErrorName(cudaError_t error) {
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  return fake_cuda::told("cudaFuncSetAttribute", "device %d kernel %p shared %d", fake_cuda::state().device, kernel, bytes);
+  return fake_cuda::told("cudaFuncSetAttribute", "device %d kernel %p shared %d", fake_cuda::state().device, kernel,
+                         bytes);
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device) {

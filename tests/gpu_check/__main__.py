@@ -1,7 +1,8 @@
 """`make gpu-check`: is this machine's GPU fit for the kernels, and they for it? One process a check, one table at the end.
 
-A check that fails, crashes or hangs says so in its row and takes nothing else with it. Exit status: 0 where all passed or had to
-be skipped, 1 where one did not, 2 where there is no GPU to check. `--emulated` rehearses every line on the emulated kernels.
+A check that fails, crashes or hangs says so in its row and takes nothing else with it. Exit status: 0 where all passed
+or had to be skipped, 1 where one did not, 2 where there is no GPU to check. `--emulated` rehearses every line on the
+emulated kernels.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-# The source tree would shadow the installed package, unless the core was built in place; tests/cuda would shadow NVIDIA's cuda.
+# The source tree would shadow the installed package, unless the core was built in place, and tests/cuda NVIDIA's cuda.
 sys.path[:1] = [str(TESTS.parent)] if any((TESTS.parent / "tokenflow_ext").glob("_C*.so")) else []
 sys.path.append(str(TESTS))
 
@@ -183,6 +184,7 @@ def main() -> int:
         print("interrupted")
     first = rows[checks[0].name]
     if first.result == "no gpu":
+        shutil.rmtree(folder)
         print(first.detail)
         return 2
     print("\n" + table(list(rows.values())))
