@@ -33,7 +33,8 @@ test-aarch64-full: tools $(VENV)/test
 	tests/aarch64/full.sh $(VENV)/bin/python -rs $(TESTS)
 
 test-cuda-full: $(VENV)/test
-	TOKENFLOW_CUDA_FULL=1 $(VENV)/bin/pytest -rs -s tests/cuda tests/test_emulator.py tests/test_cuda_sanitizers.py
+	TOKENFLOW_CUDA_FULL=1 $(VENV)/bin/pytest -rs -s tests/cuda tests/test_emulator.py tests/test_cuda_sanitizers.py \
+		tests/test_ptx.py tests/test_cuda_budgets.py
 
 gpu-check: $(VENV)/test
 	$(VENV)/bin/python tests/gpu_check $(OPTIONS)

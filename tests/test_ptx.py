@@ -10,6 +10,7 @@ import re
 
 import pytest
 import test_emulator as checks
+import torch
 from emulator.kernels import KERNELS, expected, noticed, noticed_by_parts, ptx_program, replay, some
 from emulator.nvcc import nvcc, ptx_of, translation
 from emulator.programs import SCHEDULES, build
@@ -24,14 +25,40 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120) if FULL else (80, 120)
 """Two compilers make them: one what comes before compute_100, another the later ones."""
 
 
+EXPONENTIALS = ("entropy_loss", "entropy_loss_backward", "soft_quantize", "soft_quantize_backward")
+"""Ops that take expf. CUDA makes it of ex2.approx, the host of its library: the last bits are others, as on a GPU."""
+
+
+def beyond(call, made, share: float) -> list[str]:
+    """The tensors of a call that are further off than this share of their greatest number."""
+    error, counts, buffers = made
+    assert (error, counts) == (call.error, call.counts)
+    far = []
+    for name, (type, buffer) in call.tensors.items():
+        if type == 4:
+            assert buffers[buffer] == call.after[buffer], f"{call.op}: {name}"
+            continue
+        dtype = {0: torch.float32, 2: torch.float16, 3: torch.bfloat16}[type]
+        step = torch.finfo(dtype).eps if dtype != torch.float32 else share
+        wanted, got = (
+            torch.frombuffer(bytearray(b), dtype=dtype).double() for b in (call.after[buffer], buffers[buffer])
+        )
+        greatest = wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else 1
+        if not torch.allclose(got, wanted, rtol=0, atol=float(step * greatest), equal_nan=True):
+            far.append(f"{call.op}: {name} {(got - wanted).abs().nan_to_num().max() / greatest:.1e} off")
+    return far
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES if FULL else ("forward", "threads"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_bits_of_the_source(architecture, schedule):
-    """No number differs; every launch comes from PTX, every kernel in the PTX runs, and most of its instructions."""
+    """No number differs, but for the last bits of exponentials; every launch comes from PTX, every kernel in the PTX runs, and most of its instructions."""
     calls = expected() + expected("wide")
     ran, made = replay(ptx_program("plain", architecture), calls, schedule=schedule, architecture=architecture)
     assert ran.code == 0, ran.text
-    assert differences(calls, made) == []
+    exact = [i for i, call in enumerate(calls) if call.op not in EXPONENTIALS]
+    assert differences([calls[i] for i in exact], [made[i] for i in exact]) == []
+    assert [far for i, call in enumerate(calls) if i not in exact for far in beyond(call, made[i], 2e-6)] == []
     launches = re.findall(r"^\S.*: \d+ threads, .* shared bytes(.*)$", ran.text, re.MULTILINE)
     assert len(launches) > 1000 and set(launches) == {", from PTX"}
     covered = re.findall(r"^PTX: (\d+) of (\d+) instructions of (.*) ran;", ran.text, re.MULTILINE)

@@ -151,6 +151,20 @@ inline T larger(T a, T b) {
   return a > b || b != b ? a : b;
 }
 
+// a b + c, rounded down: the product is exact in double, the sum's error tells on which side of it the exact one lies.
+inline float fma_down(float a, float b, float c) {
+  const double product = double{a} * b, sum = product + c;
+  const double part = sum - product, error = (product - (sum - part)) + (c - part);
+  const float near = static_cast<float>(sum);
+  return near > sum || (near == sum && error < 0) ? std::nextafter(near, -INFINITY) : near;
+}
+inline float saturated(float v) { return v > 0 ? v < 1 ? v : 1.0f : 0.0f; }  // also NaN
+// 2^v to the last bit or beside it, as no GPU's is; denormals are zero.
+inline float power_of_two(float v) {
+  const float power = static_cast<float>(std::exp2(static_cast<double>(std::fpclassify(v) == FP_SUBNORMAL ? 0 : v)));
+  return std::fpclassify(power) == FP_SUBNORMAL ? 0 : power;
+}
+
 // Across the block and the warp.
 inline void barrier(uint32_t which, const char* site) {
   if (which) fail("%s: barrier %u, wanted 0", site, which);

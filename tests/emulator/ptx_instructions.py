@@ -1,6 +1,7 @@
 """What each PTX instruction is in C++, for ptx.py. What is not here, to the last modifier, is an error.
 
-Floating point is taken rounded to nearest alone (.rn), which nothing may fuse afterwards, and without .ftz.
+Arithmetic on floats is taken where the PTX says how it is rounded, so that nothing may fuse it afterwards, and without
+.ftz. One instruction is not exact, of which the GPU returns other last bits: ex2.approx, in expf.
 Source: PTX ISA 9.0, the sections named like the instructions.
 """
 
@@ -51,6 +52,9 @@ VALUES: list[tuple[str, str, str]] = [
     (r"rcp\.rn\.(f32|f64)", r"\1", r"1 / {1:\1}"),
     (r"sqrt\.rn\.(f32|f64)", r"\1", r"std::sqrt({1:\1})"),
     (r"fma\.rn\.(f32|f64)", r"\1", r"std::fma({1:\1}, {2:\1}, {3:\1})"),
+    (r"fma\.rm\.f32", "f32", "fma_down({1:f32}, {2:f32}, {3:f32})"),
+    (r"cvt\.sat\.f32\.f32", "f32", "saturated({1:f32})"),
+    (r"ex2\.approx\.ftz\.f32", "f32", "power_of_two({1:f32})"),
     (r"min\.([busf]\d+)", r"\1", r"smaller<\1>({1:\1}, {2:\1})"),
     (r"max\.([busf]\d+)", r"\1", r"larger<\1>({1:\1}, {2:\1})"),
     (r"shl\.b(16|32|64)", r"u\1", r"shifted_left<u\1>({1:u\1}, {2:u32})"),
@@ -169,11 +173,11 @@ def _move_pieces(found, operands, kernel) -> str:
 
 
 def _multiply(found, operands, kernel) -> str:
-    """mma: the emulator's own, for all lanes of the warp."""
+    """mma: the emulator's own, for all lanes of the warp; in parentheses, since a macro has its name, too."""
     to, a, b, c = (operand.pieces(count) for operand, count in zip(operands, (4, 4, 2, 4), strict=True))
     lists = (", ".join(f"{each:{type}}" for each in part) for part, type in ((c, "f32"), (a, "u32"), (b, "u32")))
     given = "f32 d[] = {{{}}}; const u32 a[] = {{{}}}, b[] = {{{}}};".format(*lists)
-    return f"{given} mma_m16n8k16(d, a, b, S); " + " ".join(kernel.put(t, "f32", f"d[{i}]") for i, t in enumerate(to))
+    return f"{given} (mma_bf16)(d, a, b, S); " + " ".join(kernel.put(t, "f32", f"d[{i}]") for i, t in enumerate(to))
 
 
 def _branch(found, operands, kernel) -> str:
