@@ -125,7 +125,7 @@ def op_steps(backend: str, device: str):
     for name in ("entropy_loss", "soft_quantize"):
         if all(hasattr(_native._emulator, kernel) for kernel in _native.KERNELS[name]):
             made[name] = {
-                "entropy_loss": lambda: ops.entropy_loss(x, codebook, **how),
+                "entropy_loss": lambda: ops.entropy_loss(x, codebook, metric="cosine", temperature=0.1, **how),
                 "soft_quantize": lambda: ops.soft_quantize(x, codebook, codebook, **how),
             }[name]
     made = {name: (call, leaves) for name, call in made.items()}

@@ -20,7 +20,10 @@ GUARD, FILL = 512, 0xA5
 HOST = ("grids",)
 """Arguments that CUDA's kernels read in host memory."""
 DTYPES = {number: dtype for dtype, number in TYPES.items()}
-SUMS = ("loss", "sums", "grad_x", "grad_codebook", "grad_features", "grad_weight", "grad_bias")
+SUMS = (
+    "loss", "losses", "sums", "log_totals", "entropies", "means", "grad_x", "grad_codebook", "grad_keys", "grad_features",
+    "grad_weight", "grad_bias",
+)  # fmt: skip
 """Results that may differ from the CPU's by rounding."""
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Of the largest number of the result, for gradients of all gradients."""
