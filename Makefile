@@ -4,6 +4,7 @@
 # make test-aarch64       the core, cross-compiled for aarch64 and emulated, bit for bit
 # make test-aarch64-full  the Python package with aarch64's torch, emulated: TESTS=tests/test_golden.py (hours for all)
 # make test-cuda-full     the emulated CUDA kernels at length: every mutant, every schedule under ThreadSanitizer
+# make gpu-check          is this machine's GPU fit for the kernels? OPTIONS=--emulated rehearses it without one
 # make test-sanitize      the core under the address, undefined-behaviour and thread sanitizers
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ ifeq ($(NVCC),)
 export CUDACXX = $(shell echo $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
 endif
 
-.PHONY: test test-aarch64 test-aarch64-full test-cuda-full test-sanitize tools bench demo dev clean
+.PHONY: test test-aarch64 test-aarch64-full test-cuda-full gpu-check test-sanitize tools bench demo dev clean
 test: $(VENV)/test
 	$(VENV)/bin/pytest -rs
 	$(VENV)/bin/pytest --emulated
@@ -34,6 +35,9 @@ test-aarch64-full: tools $(VENV)/test
 test-cuda-full: $(VENV)/test
 	TOKENFLOW_CUDA_FULL=1 $(VENV)/bin/pytest -rs -s tests/cuda tests/test_emulator.py tests/test_cuda_sanitizers.py \
 		tests/test_ptx.py tests/test_cuda_budgets.py
+
+gpu-check: $(VENV)/test
+	$(VENV)/bin/python tests/gpu_check $(OPTIONS)
 
 test-sanitize: $(VENV)/test
 	TOKENFLOW_SANITIZE=1 $(VENV)/bin/pytest -rs tests/test_sanitizers.py

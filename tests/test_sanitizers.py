@@ -16,7 +16,7 @@ from replay import build, differences, replay
 import tokenflow_ext
 
 WANTED = os.environ.get("TOKENFLOW_SANITIZE") == "1"
-CLANG = next((path for name in ("clang++", "clang++-16", "clang++-19") if (path := shutil.which(name))), None)
+CLANG = next((path for name in ("clang++-19", "clang++-16", "clang++") if (path := shutil.which(name))), None)
 ONCE = "-g1 -fno-omit-frame-pointer"
 
 # In a process of its own: how much scratch an op is given depends on the instruction set.

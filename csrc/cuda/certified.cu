@@ -6,23 +6,28 @@
 //            exceed the ceiling of the best score so far. A row with more than 4 + segments / 16 of them leaves the
 //            rest to the float32 search of its tile. A row that is not finite keeps its key.
 // What it takes for granted about the hardware, which NVIDIA does not document: one mma of 16 products differs from the
-// exact sum by at most 2^-16 (|c| + sum |a b|) + 2^-122. What was measured is at least six times better
-// (tests/emulator/mma.cpp).
+// exact sum by at most 2^-16 (|c| + sum |a b|) + 2^-122. An A100 and an H100, as others measured them, stay eleven
+// times below that and more (docs/certified_search.md).
 //
 // Bytes: 2 K C of codes (C in sixteens) for every tile from the second-level cache; 4 N K / 64 written and read again
-// for minima, at most 64 MB at a time. N = 16384, K = 32768, C = 32: 128 tiles read 0.27 GB, minima are 34 MB. Multiply-
-// adds: 17 G, 0.11 ms on A100 (156 T/s), 0.06 ms on H100 (about 300 T/s through mma.sync); minima 0.5 G, 0.06 ms on
-// A100 at 64 a cycle and multiprocessor, 0.04 ms on H100. The float32 search takes 1.8 and 0.5 ms at least. Paper
-// arithmetic, never run on a GPU.
+// for minima, at most 64 MB at a time. N = 16384, K = 32768, C = 32: 128 tiles read 0.27 GB, minima are 34 MB.
+// Operations: 17 GFMA, 0.11 ms on A100 (156 T/s), 0.06 ms on H100 (about 300 T/s through mma.sync); minima 0.5 G, 0.06
+// ms on A100 at 64 a cycle and multiprocessor, 0.04 ms on H100. A step of 16 channels is 45 instructions, 16 of them
+// mma and 6 loads of 16 bytes, a panel's minima some 130, 72 of them FMNMX (SASS of sm_80). The float32 search takes
+// 1.8 and 0.5 ms at least. Paper arithmetic, never run on a GPU.
 #include "cuda/certified.cuh"
 
 TOKENFLOW_BEGIN
 
 constexpr int kScanThreads = 256;
-constexpr int kStepFours = 256;              // of 16 bytes in 16 channels of 128 rows or codes
-constexpr int kAhead = 2;                    // steps that are copied at once
-constexpr int kResolved = 8;                 // rows of a block that resolves, a warp each
-constexpr int64_t kMostMinima = 1ll << 24;   // numbers
+constexpr int kStepFours = 256;  // of 16 bytes in 16 channels of 128 rows or codes
+constexpr int kAhead = 2;        // steps that are copied at once
+constexpr int kResolved = 8;     // rows of a block that resolves, a warp each
+#if defined(TOKENFLOW_EMULATED)
+constexpr int64_t kMostMinima = 1 << 10;  // numbers; so few that small problems come in several batches
+#else
+constexpr int64_t kMostMinima = 1 << 24;
+#endif
 
 // Of the scan's dynamic shared memory.
 static int64_t bytes_of_scan(int tall, int64_t channels) {
@@ -33,18 +38,18 @@ bool certifiable(int64_t channels) { return bytes_of_scan(1, channels) <= kMaxSh
 
 struct Scan {
   const uint4 *rows, *codes;
-  const float* panels;    // in float32, for their starting scores
-  int64_t first;          // row of this batch, a multiple of 128
-  int64_t row_panels;     // of a group
+  const float* panels;                       // in float32, for their starting scores
+  int64_t first;                             // row of this batch, a multiple of 128
+  int64_t row_panels;                        // of a group
   int channels, all_panels, share, quarter;  // panels of a group, those that a block meets, those in fours
-  int64_t batch;          // rows of a group in `minima`
+  int64_t batch;                             // rows of a group in `minima`
   float* minima;
 };
 
 template <int kTall>  // sixteens of rows a warp
-static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) {
+static __global__ void __launch_bounds__(kScanThreads, 2) certified_kernel(Scan job) {
   constexpr int kSixteens = 4 * kTall, kRows = 16 * kSixteens;
-  DYNAMIC_SHARED(float, starts);                                    // [2][128]
+  DYNAMIC_SHARED(float, starts);                                       // [2][128]
   uint4* const codes = reinterpret_cast<uint4*>(starts + 2 * kPanel);  // [2][kAhead][8][32]
   uint4* const rows = codes + 2 * kAhead * kStepFours;                 // [steps][kSixteens][32]
   const int steps = (job.channels + 15) / 16, lines = padded(job.channels), tid = threadIdx.x;
@@ -53,28 +58,26 @@ static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) 
   const int from = static_cast<int>(blockIdx.y) * job.share;
   const int to = from + job.share < job.all_panels ? from + job.share : job.all_panels;
 
-  const uint4* const row_panel = job.rows + (group * job.row_panels + first / kPanel) * steps * kStepFours +
-                                 first % kPanel / 16 * 32;
+  const uint4* const row_panel =
+      job.rows + (group * job.row_panels + first / kPanel) * steps * kStepFours + first % kPanel / 16 * 32;
   for (int i = tid; i < steps * kSixteens * 32; i += kScanThreads)
     cp_async16(rows + i, row_panel + i / (kSixteens * 32) * kStepFours + i % (kSixteens * 32));
-  // The next steps of codes; a panel lies behind the last one.
-  const uint4* next = job.codes + (group * job.all_panels + from) * steps * kStepFours + tid;
   const auto copy = [&](int panel, int at, int into) {
+    const int64_t here = group * job.all_panels + panel;
     if (at == 0 && tid < kPanel / 4)
-      cp_async16(starts + into * kPanel + 4 * tid,
-                 job.panels + ((group * job.all_panels + panel) * (lines + 1) + lines) * kPanel + 4 * tid);
+      cp_async16(starts + into * kPanel + 4 * tid, job.panels + (here * (lines + 1) + lines) * kPanel + 4 * tid);
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       if (at + s == steps) break;
-      cp_async16(codes + (into * kAhead + s) * kStepFours + tid, next);
-      next += kStepFours;
+      cp_async16(codes + (into * kAhead + s) * kStepFours + tid,
+                 job.codes + (here * steps + at + s) * kStepFours + tid);
     }
     cp_async_commit();
   };
   copy(from, 0, 0);
 
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + down * kTall * 16 + lane / 4;  // of the batch
-  float* const minima = job.minima + ((group * job.batch + row) * 2 + across) * job.quarter;
+  float* const minima = job.minima + group * job.batch * 2 * job.quarter;
+  const unsigned row = blockIdx.x * kRows + down * kTall * 16 + lane / 4;  // of the batch
   float kept[kTall][2];
   int held = 0;
   for (int panel = from; panel < to; ++panel) {
@@ -105,7 +108,7 @@ static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) 
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
           const uint4 four = codes[((held * kAhead + s) * 8 + across * 4 + j / 2) * 32 + lane];
-          const unsigned low[2] = {four.x, four.z}, high[2] = {four.y, four.w};
+          const unsigned low[2] = {four.x, four.y}, high[2] = {four.z, four.w};
 #pragma unroll
           for (int i = 0; i < kTall; ++i) {
             mma_bf16(score[i][j], a[i], low);
@@ -127,7 +130,7 @@ static __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(Scan job) 
         if (panel % 4 == t) kept[i][half] = low;
         const int mine = panel / 4 * 4 + t;
         if ((panel % 4 != 3 && panel + 1 != to) || mine < from || mine > panel) continue;
-        minima[(i * 16 + half * 8) * 2 * job.quarter + mine] = kept[i][half];
+        minima[((row + i * 16 + half * 8) * 2 + across) * job.quarter + mine] = kept[i][half];
       }
     }
   }
@@ -154,8 +157,8 @@ static __device__ __forceinline__ u64 lowest_of_warp(u64 key) {
 }
 
 // The lowest key of the 64 codes of half a panel, by all lanes; the row has a number every `kResolved`.
-static __device__ __forceinline__ u64 score_segment(const Resolve& job, const float* panels, const float* row, int panel,
-                                                    int half) {
+static __device__ __forceinline__ u64 score_segment(const Resolve& job, const float* panels, const float* row,
+                                                    int panel, int half) {
   const int lane = threadIdx.x % 32, lines = padded(job.channels), place = half * 32 + lane;
   const float* code = panels + static_cast<int64_t>(panel) * (lines + 1) * kPanel + place;
   float low = code[lines * kPanel], high = code[lines * kPanel + kPanel / 2];
@@ -175,7 +178,7 @@ static __device__ __forceinline__ u64 score_segment(const Resolve& job, const fl
   return lowest_of_warp(key);
 }
 
-static __global__ void __launch_bounds__(kResolved * 32) resolve_kernel(Resolve job) {
+static __global__ void __launch_bounds__(kResolved * 32, 4) resolve_kernel(Resolve job) {
   DYNAMIC_SHARED(float, rows);  // [channels][kResolved]
   const int tid = threadIdx.x, lane = tid % 32, lines = padded(job.channels);
   const int64_t group = blockIdx.z, block = static_cast<int64_t>(blockIdx.x) * kResolved;
@@ -234,8 +237,8 @@ static void scan(Call& call, Scan job, int64_t rows, int64_t groups) {
   job.share = static_cast<int>(share_of(call, tiles * groups, job.all_panels));
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(pieces_of(job.all_panels, job.share)),
                   static_cast<unsigned>(groups));
-  launch(call, scan_kernel<kTall>, grid, dim3(kScanThreads), static_cast<size_t>(bytes_of_scan(kTall, job.channels)),
-         job);
+  launch(call, certified_kernel<kTall>, grid, dim3(kScanThreads),
+         static_cast<size_t>(bytes_of_scan(kTall, job.channels)), job);
 }
 
 void search_certified(Call& call, const Searched& codes, const SearchedRows& rows, u64* keys) {
@@ -250,15 +253,29 @@ void search_certified(Call& call, const Searched& codes, const SearchedRows& row
   const bool tall = rows.count > kPanel / 2 && bytes_of_scan(2, channels) <= kMaxShared;
   for (int64_t first = 0; first < rows.count; first += own.batch) {
     const int64_t count = rows.count - first < own.batch ? rows.count - first : own.batch;
-    const Scan job = {own.rows, own.codes, codes.panels, first, row_panels, channels, static_cast<int>(panels),
-                      0, quarter, own.batch, own.minima};
+    const Scan job = {own.rows, own.codes, codes.panels, first,     row_panels, channels, static_cast<int>(panels),
+                      0,        quarter,   own.batch,    own.minima};
     if (tall)
       scan<2>(call, job, count, codes.groups);
     else
       scan<1>(call, job, count, codes.groups);
-    const Resolve rest = {codes.panels, codes.row_panels, own.segments, own.row_sizes, own.minima, first, rows.count,
-                          own.batch, codes.groups, row_panels, channels, static_cast<int>(codes.codes),
-                          static_cast<int>(panels), quarter, static_cast<int>(4 + 2 * panels / 16), keys, own.failed,
+    const Resolve rest = {codes.panels,
+                          codes.row_panels,
+                          own.segments,
+                          own.row_sizes,
+                          own.minima,
+                          first,
+                          rows.count,
+                          own.batch,
+                          codes.groups,
+                          row_panels,
+                          channels,
+                          static_cast<int>(codes.codes),
+                          static_cast<int>(panels),
+                          quarter,
+                          static_cast<int>(4 + 2 * panels / 16),
+                          keys,
+                          own.failed,
                           reinterpret_cast<u64*>(call.searched)};
     launch(call, resolve_kernel,
            dim3(static_cast<unsigned>(pieces_of(count, kResolved)), 1, static_cast<unsigned>(codes.groups)),

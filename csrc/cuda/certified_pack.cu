@@ -1,10 +1,10 @@
 // Rounding for the certified search (certified.cuh): panels of float32 become bfloat16 in the order in which the tensor
 // cores take them, with norms and what rounding took, for the bound.
-// Layout: of 16 items and 16 channels, lane 4 g + t of a warp has four registers, items g and g + 8 at channels 2 t and
-// 2 t + 1, then both at 2 t + 8 and 2 t + 9: A of mma_bf16 for rows, twice B for codes (gpu.h). So a fragment is one
-// load of 16 bytes, without conflicts and without ldmatrix.
-// Bytes: 4 G K C read, 2 G K C written (C in sixteens), likewise for rows. N = 16384, C = 32: 3 MB, 1.6 us on A100
-// (2.0 TB/s), 0.9 us on H100 (3.35 TB/s). Paper arithmetic, never run on a GPU.
+// Layout: of 16 items and 16 channels, lane 4 g + t of a warp has four registers. Rows: items g and g + 8 at channels 2
+// t and 2 t + 1, then both at 2 t + 8 and 2 t + 9, A of mma_bf16 (gpu.h). Codes: item g at both, then item g + 8, twice
+// B. So a fragment is one load of 16 bytes into neighbouring registers, without conflicts and without ldmatrix. Bytes:
+// 4 G K C read, 2 G K C written (C in sixteens), likewise for rows. N = 16384, C = 32: 3 MB, 1.6 us on A100 (2.0 TB/s),
+// 0.9 us on H100 (3.35 TB/s). Paper arithmetic, never run on a GPU.
 #include "cuda/certified.cuh"
 
 TOKENFLOW_BEGIN
@@ -18,8 +18,7 @@ static __global__ void __launch_bounds__(kPanel) round_kernel(Rounding job) {
   const int item = threadIdx.x, lines = padded(job.channels), steps = (job.channels + 15) / 16;
   const int64_t panels = pieces_of(job.count, kPanel), panel = blockIdx.x;
   const bool there = panel % panels * kPanel + item < job.count;
-  const float* const from =
-      job.panels + panel * (lines + 1) * kPanel + (job.as_rows ? item : place_of(item));
+  const float* const from = job.panels + panel * (lines + 1) * kPanel + (job.as_rows ? item : place_of(item));
   uint4* const to = job.halves + panel * steps * kPanelFours;
   if (job.failed && item == 0) job.failed[panel] = 0;
 
@@ -38,7 +37,8 @@ static __global__ void __launch_bounds__(kPanel) round_kernel(Rounding job) {
         gap = fmaf(rest, rest, gap);
         word |= half << 16 * i;
       }
-      words[(item / 16 * 32 + item % 8 * 4 + pair % 4) * 4 + item % 16 / 8 + pair / 4 * 2] = word;
+      const int which = item % 16 / 8, where = job.as_rows ? which + pair / 4 * 2 : which * 2 + pair / 4;
+      words[(item / 16 * 32 + item % 8 * 4 + pair % 4) * 4 + where] = word;
     }
     __syncthreads();
 #pragma unroll

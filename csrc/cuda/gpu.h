@@ -53,8 +53,8 @@ static __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
-// d += a b on the tensor cores, by all lanes of a warp: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32. A [16][16],
-// B [16][8], D [16][8], with g = lane / 4, t = lane % 4, two bfloat16 a register, the first in the low half:
+// d += a b on the tensor cores, by all lanes of a warp: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32. A
+// [16][16], B [16][8], D [16][8], with g = lane / 4, t = lane % 4, two bfloat16 a register, the first in the low half:
 //   a[i]  row g + 8 (i % 2), columns 2 t + 8 (i / 2) and the next
 //   b[i]  column g, rows 2 t + 8 i and the next
 //   d[i]  row g + 8 (i / 2), column 2 t + i % 2

@@ -1,9 +1,8 @@
-// mma_probe: d[n] = a[n] b[n] + c[n] by one mma_bf16 (gpu.h) a warp, registers as the caller lays them out. The tests put
-// matrices into registers by the formulas of the PTX ISA, so that an operand which lies elsewhere on a GPU, or in this
-// project's emulator, shows without a search around it. Nothing else calls it.
-#include "cuda/mma_probe.h"
-
+// mma_probe: d[n] = a[n] b[n] + c[n] by one mma_bf16 (gpu.h) a warp, registers as the caller lays them out. The tests
+// put matrices into registers by the formulas of the PTX ISA, so that an operand which lies elsewhere on a GPU, or in
+// this project's emulator, shows without a search around it. Nothing else calls it.
 #include "cuda/gpu.h"
+#include "cuda/mma_probe.h"
 
 TOKENFLOW_BEGIN
 

@@ -12,7 +12,7 @@
 
 TOKENFLOW_BEGIN
 
-// What the certified search keeps beside (certified.cuh), bfloat16 by registers of 16 bytes; null where it does not run.
+// What the certified search keeps beside (certified.cuh), bfloat16 by 16 bytes; null where it does not run.
 struct Certified {
   uint4 *codes, *rows;           // [G][panels of 128][steps of 16 channels][8][32]
   float4 *segments, *row_sizes;  // [G][segments of 64] and [G][panels][128]: norm, what rounding took, start or mark

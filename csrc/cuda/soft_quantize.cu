@@ -1,7 +1,7 @@
 // soft_quantize's backward; equations in cpu/soft_quantize.cpp, passes in softmax.cuh.
 // With a_nk = g_n . v_k as the second product: pack rows, keys, upstream gradients and values, the rows' best logits,
 // sweep<rows>, then log Z_n and offset_n = -<a>_n, and for each gradient spread and the sum of its ranges where blocks
-// share a tile: eight to eleven launches.
+// share a tile: nine to eleven launches.
 // Per pair 5 C + 3 Dv multiply-adds and 3 exps. N = 4096, K = 16384, C = Dv = 256 (IBQ): 137 GFMA, at least 14 ms on an
 // A100, 4.1 ms on an H100. Bytes: all tensors once, (C + Dv + 2) (N + K) numbers of scratch, and at most 512 tiles of
 // 64 C partial sums: some 150 MB, 75 us on an A100. Paper arithmetic, never run on a GPU.

@@ -63,7 +63,7 @@ def test_ids_and_scores_have_the_bits_of_float32(core, rows, codes, width, group
     if rows > 4:
         x[0], x[1], x[2, 0, 0], x[3, 0, width - 1] = codebook[0, 0], 0, torch.nan, -torch.inf
     same(x, codebook, metric=metric)
-    assert any("scan_kernel" in kernel for kernel in kernels(core)) == (rows > 0)
+    assert any("certified_kernel" in kernel for kernel in kernels(core)) == (rows > 0)
     if codes > 64:
         same(x, codebook, metric=metric, window=(3, codes - 2))
 
@@ -80,9 +80,9 @@ def test_which_kernels_run(core):
         assert ran() == ["search_kernel<32, true>", "unpack_kernel"]
     rounds = ["round_kernel", "round_kernel"]
     with search_precision("certified"):
-        once = [*rounds, "scan_kernel<1>", "resolve_kernel", "search_kernel<128, true>", "unpack_kernel"]
+        once = [*rounds, "certified_kernel<1>", "resolve_kernel", "search_kernel<128, true>", "unpack_kernel"]
         assert ran() == once
-        assert ran(rows=65)[2] == "scan_kernel<2>" and ran(rows=65, width=321)[2] == "scan_kernel<1>"
+        assert ran(rows=65)[2] == "certified_kernel<2>" and ran(rows=65, width=321)[2] == "certified_kernel<1>"
         assert ran(topk=2) == [*once, "search_kernel<32, true>", "unpack_kernel"]
         assert ran(width=657) == ["search_kernel<32, false>", "unpack_kernel"]
     assert ran() == ["search_kernel<32, true>", "unpack_kernel"]
@@ -122,6 +122,27 @@ def test_clusters_and_what_their_codes_leave():
         same(x - codebook[ids], codebook, metric=metric)
 
 
+def test_codes_that_do_not_exist_are_never_scored():
+    """Rows on the codes of a table that ends within a segment: the one segment of each row, and no other."""
+    codebook = normal(131, 16, seed=1)
+    assert same(codebook[:100], codebook, metric="l2").rescored == 100
+
+
+def test_some_tiles_alone_are_handed_over():
+    """Of two groups the second has codes that nothing tells apart, but for the last one; of its rows the first 128 are far."""
+    x, codebook = normal(300, 2, 8, seed=1), normal(2, 700, 8, seed=2)
+    codebook[1] = codebook[1, :1]
+    codebook[1, 699] *= 1 + 2.0**-20
+    x[:128, 1] = torch.nan
+    x[128:, 1] = codebook[1, 699]
+    for metric in METRICS:
+        searched = same(x, codebook, metric=metric)
+        assert searched.fallback == 172 and searched.bf16 == 300 + 128
+    swapped = same(x.flip(1), codebook.flip(0), metric="dot")
+    assert swapped.fallback == 172
+    assert (ops.nearest_code(x.nan_to_num(), codebook, metric="dot")[128:, 1] == 699).all()
+
+
 def test_the_scan_alone_would_be_wrong():
     """Codes whose order bfloat16 turns around, at the edge of the bound: the best by the scan is the worst of the two."""
     width, codes = 32, 640
@@ -130,7 +151,7 @@ def test_the_scan_alone_would_be_wrong():
     x[:, 1::2] += 1.01 * 2.0**-8  # becomes 1 + 2^-7
     best, rival = torch.zeros(width), torch.zeros(width)
     best[::2], rival[1::2] = 1, 1 - 2.0**-8
-    codebook = -normal(codes, width, seed=1).abs()
+    codebook = -1e-4 * normal(codes, width, seed=1).abs()  # short: no other segment's bound covers for that of 600
     codebook[600], codebook[7] = best, rival
     rounded = x.bfloat16().float() @ codebook.bfloat16().float().T
     assert (rounded.argmax(-1) == 7).all()

@@ -26,9 +26,8 @@ def fragment(matrix: torch.Tensor, row, column) -> torch.Tensor:
     return matrix[:, rows, columns]
 
 
-def fragment_a(
-    a,
-):  # PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", .bf16, g = groupID, t = threadID
+# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", .bf16: g is groupID, t threadID_in_group.
+def fragment_a(a):
     return fragment(
         a,
         lambda g, t, i: g if 0 <= i < 2 or 4 <= i < 6 else g + 8,

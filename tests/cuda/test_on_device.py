@@ -10,7 +10,7 @@ import torch
 from harness import assert_gradients, assert_near, leaves, normal, same_bits
 from multiscale_cases import MODES, SCALES, case, decoding
 
-from tokenflow_ext import ops
+from tokenflow_ext import ops, search_precision, trace
 from tokenflow_ext.ops import _native
 from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer, VectorQuantizer
 
@@ -72,6 +72,20 @@ def test_nearest_code(place, shape, metric):
     assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
     here, there = both(place, ops.nearest_code, x.bfloat16(), codebook, metric=metric, window=(3, codes - 1))
     assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "dot"])
+@pytest.mark.parametrize("shape", [(1, 1, 31, 8), (33, 2, 4097, 8), (300, 1, 1400, 72), (5, 1, 140, 400)])
+def test_nearest_code_certified(place, shape, metric):
+    """On the tensor cores, some rows handed over to the float32 search."""
+    rows, groups, codes, width = shape
+    x, codebook = normal(rows, groups, width, seed=1), normal(groups, codes, width, seed=2)
+    codebook[:, codes // 2 :] = codebook[:, : codes - codes // 2] * (1 + 2.0**-22)
+    x[rows // 2 :] *= 2.0**-60
+    with search_precision("certified"), trace() as searched:
+        here, there = both(place, ops.nearest_code, x, codebook, metric=metric, return_scores=True)
+    assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
+    assert searched.bf16 + searched.fallback >= rows * groups and searched.bf16 > 0
 
 
 def test_shared_index(place):

@@ -3,6 +3,7 @@
 `core()` builds and loads them as a module with CUDA's ops and registers it as backend="emulated".
 """
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -32,12 +33,15 @@ def core():
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    for step in (
-        [CMAKE, "-S", str(ROOT), "-B", str(folder), *(f"-D{key}={value}" for key, value in options.items())],
-        [CMAKE, "--build", str(folder), "--parallel", str(os.cpu_count())],
-    ):
-        done = subprocess.run(step, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together build one after another
+        for step in (
+            [CMAKE, "-S", str(ROOT), "-B", str(folder), *(f"-D{key}={value}" for key, value in options.items())],
+            [CMAKE, "--build", str(folder), "--parallel", str(os.cpu_count())],
+        ):
+            done = subprocess.run(step, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     (file,) = folder.glob("_emulated*.so")
     spec = importlib.util.spec_from_file_location("_emulated", file)
     module = importlib.util.module_from_spec(spec)

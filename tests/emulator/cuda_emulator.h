@@ -106,7 +106,7 @@ enum WarpOp { kShuffle, kUp, kDown, kXor, kBallot, kAny, kAll, kSync, kMatch, kA
 int sync_block(Vote vote, bool predicate, const char* site);
 uint64_t warp_op(WarpOp op, unsigned mask, uint64_t value, int lane, int width, const char* site);
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 of this lane's registers: d = a b + d, all 32 lanes together.
-void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, const char* site);
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const char* site);
 void fence();
 void before_atomic();  // another thread may come first
 void* static_shared(const void* tag, size_t size, size_t alignment);
@@ -299,7 +299,7 @@ inline int __ffsll(long long v) { return __builtin_ffsll(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
 inline int __clzll(long long v) { return v ? __builtin_clzll(static_cast<unsigned long long>(v)) : 64; }
 
-#define mma_bf16(d, a, b) ::cuda_emulator::mma_bf16(d, a, b, CUDA_EMULATOR_SITE)
+#define mma_bf16(d, a, b) ::cuda_emulator::mma_m16n8k16(d, a, b, CUDA_EMULATOR_SITE)
 
 inline void cp_async16(void* to, const void* from) { cuda_emulator::start_copy<uint4>(to, from); }
 inline void cp_async4(void* to, const void* from) { cuda_emulator::start_copy<unsigned>(to, from); }

@@ -109,7 +109,7 @@ inline bool random_threads() { return engine.schedule == kRandomThreads; }
 uint64_t next_random();
 inline State& state_of(const Lane& lane) { return engine.states[lane.id]; }
 void pause(bool for_good = false);  // others run
-void multiply(Lane* warp);           // mma.cpp: the matrices of all its lanes
+void multiply(Lane* warp);          // mma.cpp: the matrices of all its lanes
 void begin_shared();                // memory.cpp: of a new block
 size_t shared_limit();
 // The symbol of a kernel: the source that it stands in, its name with types and all.

@@ -1,5 +1,5 @@
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: where the elements of a warp's matrices lie, as the PTX ISA says,
-// and how tensor cores add, as those who measured them say. With g = lane / 4 and t = lane % 4:
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: where the elements of a warp's matrices lie, as the PTX ISA
+// says, and how tensor cores add, as those who measured them say. With g = lane / 4 and t = lane % 4:
 //   A [16][16]  register i holds row g + 8 (i % 2), columns 2 t + 8 (i / 2) and the next, the first in the low half
 //   B [16][8]   register i holds column g, rows 2 t + 8 i and the next
 //   C, D        register i holds row g + 8 (i / 2), column 2 t + i % 2
@@ -12,8 +12,6 @@
 //   worst_up, worst_down  the exact sum, moved by 2^-16 (|c| + sum |a b|), which is all that cuda/certified.cuh allows
 #include "engine.h"
 
-#undef mma_bf16
-
 namespace cuda_emulator {
 
 constexpr int kDepth = 16;  // products of one mma
@@ -22,7 +20,7 @@ struct Model {
   int size, bits;
   TensorCores rounding;  // kAmpere: towards zero
 };
-static const Model kModels[] = {{8, 24, kAmpere}, {16, 25, kAmpere}, {4, 23, kAmpere}, {4, 23, kFloored},
+static const Model kModels[] = {{8, 24, kAmpere}, {16, 25, kAmpere}, {4, 23, kAmpere},   {4, 23, kFloored},
                                 {4, 23, kCeiled}, {16, 0, kWorstUp}, {16, 0, kWorstDown}};
 
 // significand * 2^(exponent - fraction), the significand with its sign; 1 <= its size / 2^fraction < 2, or 0.
@@ -73,15 +71,16 @@ static float step(const Number* a, const Number* b, int count, float c, const Mo
   if (largest == kLowest) return 0;
   int64_t sum = cut(start.significand, model.bits - 23 + start.exponent - largest, model.rounding);
   for (int i = 0; i < count; ++i)  // significands of 7 fraction bits each
-    sum += cut(int64_t{a[i].significand} * b[i].significand,
-               model.bits - 14 + a[i].exponent + b[i].exponent - largest, model.rounding);
+    sum += cut(int64_t{a[i].significand} * b[i].significand, model.bits - 14 + a[i].exponent + b[i].exponent - largest,
+               model.rounding);
   return rounded(sum, largest - model.bits, model.rounding);
 }
 
 static float worst(const Number* a, const Number* b, float c, TensorCores way) {
   double sum = c, size = fabs(static_cast<double>(c));
   for (int i = 0; i < kDepth; ++i) {
-    const double product = ldexp(static_cast<double>(a[i].significand * b[i].significand), a[i].exponent + b[i].exponent - 14);
+    const double product =
+        ldexp(static_cast<double>(a[i].significand * b[i].significand), a[i].exponent + b[i].exponent - 14);
     sum += product;
     size += fabs(product);
   }

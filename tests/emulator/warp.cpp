@@ -1,8 +1,6 @@
 // Warp operations: exactly the lanes of the mask meet, at one place of the source, for one operation.
 #include "engine.h"
 
-#undef mma_bf16
-
 namespace cuda_emulator {
 
 constexpr uint64_t kPoison = 0xbadbadbadbadbadbull;  // of a lane that takes no part: undefined on the GPU
@@ -114,7 +112,7 @@ uint64_t warp_op(WarpOp op, unsigned mask, uint64_t value, int from, int width, 
   return lane.result;
 }
 
-void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, const char* site) {
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const char* site) {
   Lane& lane = self();
   memcpy(lane.a, a, sizeof lane.a);
   memcpy(lane.b, b, sizeof lane.b);

@@ -49,11 +49,21 @@ def signatures() -> dict[str, list[tuple[str, str]]]:
 
 
 @dataclass
+class Held:
+    """A tensor among the arguments; `buffer` is none where it has no numbers."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    buffer: int | None
+
+
+@dataclass
 class Call:
     """One call: what was passed, and the bytes of its tensors before and after."""
 
     op: str
     encoded: bytes
+    arguments: dict[str, object]  # all but the threads, `Held` where a tensor was passed
     tensors: dict[str, tuple[int, int]]  # argument: (type, buffer)
     before: list[bytes]
     after: list[bytes]
@@ -75,8 +85,9 @@ class Door:
         return lambda *arguments: self._record(op, function, arguments)
 
     def _record(self, op, function, arguments):
-        numbers, tensors, buffers = [], {}, {}
+        numbers, given, tensors, buffers = [], {}, {}, {}
         for (kind, name), value in zip(self._signatures[op], arguments, strict=True):
+            given[name] = value
             if kind == "View":
                 if value is None:
                     numbers.append(struct.pack("<q", -1))
@@ -86,6 +97,7 @@ class Door:
                 if value.nbytes:
                     buffers.setdefault(held, ctypes.string_at(*held))
                 buffer = list(buffers).index(held) if value.nbytes else -1
+                given[name] = Held(value.dtype, shape, buffer if value.nbytes else None)
                 numbers.append(struct.pack(f"<{3 + len(shape)}q", dtype, len(shape), *shape, buffer))
                 if value.nbytes:
                     tensors[name] = dtype, buffer
@@ -95,7 +107,8 @@ class Door:
                 numbers.append(struct.pack(f"<{len(weights)}d", *weights))
             else:
                 numbers.append(struct.pack("<d" if kind == "double" else "<q", value))
-        call = Call(op, b"", tensors, list(buffers.values()), [])
+        del given["threads"]
+        call = Call(op, b"", given, tensors, list(buffers.values()), [])
         head = struct.pack("<q", len(op)) + op.encode() + struct.pack("<q", len(buffers))
         held = b"".join(struct.pack("<qq", n, at % 64) + before for (at, n), before in buffers.items())
         call.encoded = head + held + b"".join(numbers)
@@ -170,7 +183,7 @@ def read_results(file: Path, calls: list[Call]) -> list[tuple]:
     return made
 
 
-def _plain(content: bytes, dtype: int) -> np.ndarray:
+def plain(content: bytes, dtype: int) -> np.ndarray:
     """The bits as integers, with one pattern for every NaN: processors differ in its sign."""
     kind, infinity = PATTERNS[dtype]
     values = np.frombuffer(content, kind).copy()
@@ -186,7 +199,7 @@ def differences(calls: list[Call], made) -> list[str]:
         if (error, counts) != (call.error, call.counts):
             lines.append(f"call {i}, {call.op}: {error!r}, {counts} for {call.error!r}, {call.counts}")
         for name, (dtype, buffer) in call.tensors.items():
-            expected, actual = _plain(call.after[buffer], dtype), _plain(buffers[buffer], dtype)
+            expected, actual = plain(call.after[buffer], dtype), plain(buffers[buffer], dtype)
             wrong = np.flatnonzero(expected != actual)
             if len(wrong):
                 lines.append(

@@ -144,6 +144,10 @@ struct Record {
     call.certified = certified;
     call.threads = threads ? threads : recorded;
     call.device = -1;
+#if defined(TOKENFLOW_REPLAY_DEVICE)  // tests/test_cuda_host.py
+    call.device = TOKENFLOW_REPLAY_DEVICE;
+    call.stream = reinterpret_cast<void*>(TOKENFLOW_REPLAY_STREAM);
+#endif
     call.counting = true;
     if (const Error error = run(call)) return error;
     void* scratch = nullptr;

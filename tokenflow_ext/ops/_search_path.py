@@ -43,7 +43,7 @@ def search_precision(precision: str) -> Iterator[None]:
 
     Raises:
         ValueError: another word.
-        RuntimeError: "certified" where this processor or build cannot.
+        RuntimeError: "certified" where neither this processor nor a GPU can.
 
     Source: docs/certified_search.md.
 
@@ -65,12 +65,13 @@ def search_precision(precision: str) -> Iterator[None]:
         raise RuntimeError(
             "search_precision: precision: wanted AVX2 or AVX512-VNNI for certified, which does not run here"
         )
-    before = _C.search_precision(PRECISIONS.index(precision)), [core.certify(precision == "certified") for core in cores]
+    before = _C.search_precision(PRECISIONS.index(precision))
+    certified = [core.certify(precision == "certified") for core in cores]
     try:
         yield
     finally:
-        _C.search_precision(before[0])
-        for core, was in zip(cores, before[1], strict=True):
+        _C.search_precision(before)
+        for core, was in zip(cores, certified, strict=True):
             core.certify(was)
 
 
@@ -95,8 +96,8 @@ def trace() -> Iterator[SearchTrace]:
         finally:
             for name, start in before.items():
                 setattr(counts, name, _C.search_counts()[name] - start)
-            answered, handed_over, rescored = (end - start for start, end in zip(before_on_cuda, on_cuda(), strict=True))
+            answered, handed_over, scored = (b - a for a, b in zip(before_on_cuda, on_cuda(), strict=True))
             counts.bf16 += answered
             counts.full += handed_over
             counts.fallback += handed_over
-            counts.rescored += rescored
+            counts.rescored += scored

@@ -11,16 +11,17 @@ def left_out(*parts: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     good = parts[0].isfinite().all(-1)
     for part in parts[1:]:
         good = good & part.isfinite().all(-1)
-    return [torch.where(good[..., None], part, 0.0) for part in parts], good
+    return [torch.where(good.unsqueeze(-1), part, 0.0) for part in parts], good
 
 
+# Methods, not ~ and []: those ask for the device even where tensors are fake.
 def best_codes(op: str, x: torch.Tensor, codebook: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
     """Ids [N, G] of the highest products of x [N, G, C] with the codebook [G, K, C]; -1 where `good` [N, G] is False."""
-    left = (~good).sum()
+    left = good.logical_not().sum()
     _, where = runs_on(x)
     if len(where) == 1:
         warn_non_finite(op, int(left))
     else:
-        where[2][1] += left
+        where[2].select(0, 1).add_(left)
     (ids,) = NEAREST_CODE(x, codebook, "dot")
     return torch.where(good, ids, -1)

@@ -98,7 +98,7 @@ def _logit_factors(xs, codebooks, metric: str, weights, temperature: float, back
         start = sum(part.square().sum(-1, keepdim=True) * (-0.5 * factor) for part, factor in zip(q, factors))
         rows, q = [*rows, y[0].new_ones(()).expand(*y[0].shape[:-1], 1)], [*q, start]
     rows, codes = (part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in (rows, q))
-    return rows, torch.where(intact[..., None], codes, torch.nan), good
+    return rows, torch.where(intact.unsqueeze(-1), codes, torch.nan), good
 
 
 def entropy_loss(

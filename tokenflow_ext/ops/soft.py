@@ -13,7 +13,7 @@ from tokenflow_ext.ops.lookup import LOOKUP, LOOKUP_BACKWARD
 def _soft_quantize(x, keys, values, good):
     ids = best_codes("soft_quantize", x, keys, good)
     rows = LOOKUP(ids.clamp_min(0), values)
-    return torch.where(good[..., None], rows, torch.nan), ids
+    return torch.where(good.unsqueeze(-1), rows, torch.nan), ids
 
 
 def _soft_quantize_fake(x, keys, values, good):
@@ -47,7 +47,7 @@ def _backward(ctx, grad, _):
     wants_x, wants_keys, wants_values = ctx.needs_input_grad[:3]
     grad_x = grad_keys = grad_values = None
     if wants_values:
-        passed = torch.where(ids[..., None] >= 0, grad, 0.0)
+        passed = torch.where(ids.unsqueeze(-1) >= 0, grad, 0.0)
         grad_values = LOOKUP_BACKWARD(ids.clamp_min(0), passed, values.shape)
     if wants_x or wants_keys:
         grad_x, grad_keys = SOFT_QUANTIZE_BACKWARD(x, keys, values, ids, grad, wants_x, wants_keys)
@@ -131,12 +131,12 @@ def soft_quantize(
         return reference.soft_quantize(x, keys, values, scale=scale, bias=bias)
     dtype = real(x, keys, values, *biases)
     (rows,), good = left_out(x.to(dtype).reshape(_check.count(x.shape[:-1]), 1, width))
-    parts, intact = left_out(keys.to(dtype), values.to(dtype), *(b.to(dtype)[:, None] for b in biases))
+    parts, intact = left_out(keys.to(dtype), values.to(dtype), *(b.to(dtype).unsqueeze(1) for b in biases))
     table = parts[0] if bias is None else torch.cat([parts[0], parts[2]], dim=-1)
-    table, values = (torch.where(intact[:, None], part, torch.nan) for part in (table, parts[1]))
+    table, values = (torch.where(intact.unsqueeze(1), part, torch.nan) for part in (table, parts[1]))
     rows = rows if scale == 1 else rows * scale
     if bias is not None:
         rows = torch.cat([rows, rows.new_ones((rows.shape[0], 1, 1))], dim=-1)
-    quantized, ids = SOFT_QUANTIZE(rows, table[None], values[None], good)
+    quantized, ids = SOFT_QUANTIZE(rows, table.unsqueeze(0), values.unsqueeze(0), good)
     shape = x.shape[:-1]
     return quantized.reshape(*shape, values.shape[1]).to(x.dtype), ids.clamp_min(0).reshape(shape)
