@@ -57,7 +57,10 @@ def demangled() -> dict[str, str]:
     """Symbols and the names of kernels as one writes them: search_kernel<32, true>."""
     symbols = sorted(set(re.findall(r"Function (\w+):", cuobjdump("--dump-resource-usage"))))
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    names = (re.sub(r"^void |\((?:tokenflow_ext::cuda::)?\w+\)(?=\d)|tokenflow_ext::cuda::", "", line) for line in done.stdout.splitlines())
+    names = (
+        re.sub(r"^void |\((?:tokenflow_ext::cuda::)?\w+\)(?=\d)|tokenflow_ext::cuda::", "", line)
+        for line in done.stdout.splitlines()
+    )
     return {symbol: name[: name.rindex("(")] for symbol, name in zip(symbols, names, strict=True)}
 
 

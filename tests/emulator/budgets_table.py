@@ -74,7 +74,7 @@ def traffic() -> dict[str, list[str]]:
         requests, sectors, least, shared, wavefronts, fewest = map(int, numbers)
         cells = [f"{sectors / requests:.1f} / {least / requests:.1f}" if requests else "-"]
         cells.append(f"{wavefronts / shared:.2f} / {fewest / shared:.2f}" if shared else "-")
-        made[f"{file}: {name.replace('tokenflow_ext::cuda::', '')}"] = cells
+        made[f"{file}: {re.sub('tokenflow_ext::(cuda::)?', '', name)}"] = cells
     return made
 
 

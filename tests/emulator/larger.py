@@ -24,7 +24,7 @@ def wide() -> None:
         for metric in METRICS:
             gradients(ops.quantize(x, codes, metric=metric), [x, codes], seed=36)
         ops.nearest_code(x.detach(), table(300, 140, seed=37), topk=20, return_scores=True)
-    for mode in MODES:
+    for mode in ("weighted cosine", "accumulated", "phi"):
         features, scales = normal(2, 40, 24, 26, seed=38), [(1, 1), (2, 3), (7, 5), (13, 26), (24, 26)]
         codebooks, options = [normal(37, w, seed=39) for w in (25, 15)], {"scales": scales, **MODES[mode]}
         leaves = [t.requires_grad_() for t in (features, *codebooks)]
@@ -48,6 +48,8 @@ def typical() -> None:
     out = ops.quantize(x, codebook)
     gradients(out, [x, codebook], seed=52)
     gradients([ops.normalize_rows(x)], [x], seed=53)
+    gradients(ops.entropy_loss(x[:256], codebook, metric="cosine", temperature=0.3), [x, codebook], seed=65)
+    gradients(ops.soft_quantize(x[:256], codebook, codebook), [x, codebook], seed=66)
     counts, sums = ops.code_statistics(x.detach(), out.indices, 2048)
     ops.ema_update_(normal(2048, 40, seed=54), torch.ones(2048), sums.clone(), counts, sums, decay=0.9, metric="cosine")
     gradients([ops.lookup(out.indices, codebook)], [codebook], seed=55)

@@ -177,7 +177,9 @@ def _multiply(found, operands, kernel) -> str:
     to, a, b, c = (operand.pieces(count) for operand, count in zip(operands, (4, 4, 2, 4), strict=True))
     lists = (", ".join(f"{each:{type}}" for each in part) for part, type in ((c, "f32"), (a, "u32"), (b, "u32")))
     given = "f32 d[] = {{{}}}; const u32 a[] = {{{}}}, b[] = {{{}}};".format(*lists)
-    return f"{given} cuda_emulator::mma_m16n8k16(d, a, b, S); " + " ".join(kernel.put(t, "f32", f"d[{i}]") for i, t in enumerate(to))
+    return f"{given} cuda_emulator::mma_m16n8k16(d, a, b, S); " + " ".join(
+        kernel.put(t, "f32", f"d[{i}]") for i, t in enumerate(to)
+    )
 
 
 def _branch(found, operands, kernel) -> str:
