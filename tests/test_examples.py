@@ -17,7 +17,7 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     module = importlib.import_module(name)
-    functions = {**vars(torch.nn), **vars(tokenflow_ext.ops), "torch": torch}
+    functions = {**vars(torch.nn), **vars(tokenflow_ext.ops), **vars(tokenflow_ext.quantize), "torch": torch}
     result = doctest.testmod(
         module, extraglobs={k: v for k, v in functions.items() if k not in vars(module) and k[0] != "_"}
     )

@@ -1,0 +1,89 @@
+"""One codebook, grouped codebooks, and TokenFlow's shared index."""
+
+from collections.abc import Sequence
+
+from tokenflow_ext.quantize._quantizer import Quantizer
+
+
+class VectorQuantizer(Quantizer):
+    """One codebook [K, D], or G of them over G slices of the channels (UniTok's multi-codebook quantization).
+
+    loss = codebook_weight mean((q - sg y)^2) + commitment_weight mean((sg q - y)^2), y and q unit for cosine. The codebook
+    learns from the first term alone (`update="gradient"`), or follows its rows (`update="ema"`, no codebook term).
+
+    Args:
+        dim: channels of the input, a multiple of `groups`.
+        codebook_size: K, per group.
+        groups: G.
+        metric: "cosine", "l2" or "dot".
+        update: "gradient", "ema" or "none".
+        commitment_weight: weight of the term that moves the input.
+        codebook_weight: weight of the term that moves the codes.
+        entropy_weight: adds entropy_weight (mean_n H(p_n) - H(mean_n p_n)) in training.
+        entropy_temperature: of p, in units of the distance.
+        entropy_eps: inside the logarithm of the mean.
+        decay: of the moving averages.
+        kmeans_init: the first training batch places the codes.
+        dead_code_threshold: codes whose moving average of rows a batch falls below take a row of the batch.
+        channel_dim: axis of the channels: -1, or 1 for [B, C, H, W].
+        backend: "auto", "native" or "reference".
+
+    Source: 1711.00937; UniTok, 2502.20321.
+
+    Example:
+        >>> quantizer = VectorQuantizer(8, 512, channel_dim=1)
+        >>> quantized, indices, loss = quantizer(torch.randn(2, 8, 4, 4))
+        >>> quantized.shape, indices.shape
+        (torch.Size([2, 8, 4, 4]), torch.Size([2, 4, 4]))
+        >>> bool((quantizer.decode(indices) == quantized).all())
+        True
+    """
+
+    def __init__(
+        self, dim: int, codebook_size: int, *, groups: int = 1, metric: str = "cosine", update: str = "gradient",
+        commitment_weight: float = 0.25, codebook_weight: float = 1.0, entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
+        dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
+    ):  # fmt: skip
+        if not isinstance(groups, int) or groups < 1 or not isinstance(dim, int) or dim < 1 or dim % groups:
+            raise ValueError(
+                f"VectorQuantizer: dim: wanted a positive multiple of groups, got dim {dim!r} and groups {groups!r}"
+            )
+        super().__init__(
+            [dim // groups], codebook_size, groups, None, metric, update, commitment_weight, codebook_weight, entropy_weight,
+            entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
+        )  # fmt: skip
+
+
+class SharedIndexQuantizer(Quantizer):
+    """TokenFlow's quantizer: T codebooks under one index, argmin_k sum_t weights[t] d_t.
+
+    x carries the tables side by side on `channel_dim`, e.g. 32 semantic and 8 pixel channels for dims=(32, 8).
+
+    Args:
+        dims: D_t of the tables.
+        codebook_size: K, common to the tables.
+        weights: of the distances, 1 each by default; they choose the index and do not enter the loss.
+
+    The other keywords are those of `VectorQuantizer`.
+
+    Source: TokenFlow, arXiv 2412.03069, section 3.1.
+
+    Example:
+        >>> quantizer = SharedIndexQuantizer((32, 8), 1024)
+        >>> quantizer(torch.randn(5, 40)).indices.shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self, dims: Sequence[int], codebook_size: int, *, weights: Sequence[float] | None = None, metric: str = "cosine",
+        update: str = "gradient", commitment_weight: float = 0.25, codebook_weight: float = 1.0, entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
+        dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
+    ):  # fmt: skip
+        if not isinstance(dims, Sequence) or isinstance(dims, str) or not 1 <= len(dims) <= 16:
+            raise ValueError(f"SharedIndexQuantizer: dims: wanted 1 to 16 widths, got {dims!r}")
+        super().__init__(
+            dims, codebook_size, 1, weights, metric, update, commitment_weight, codebook_weight, entropy_weight,
+            entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
+        )  # fmt: skip
