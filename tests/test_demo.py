@@ -6,8 +6,11 @@ import re
 import pytest
 import tokenflow.demo as demo
 import torch
+from certified.residuals import compare
 from PIL import Image, ImageDraw
 from tokenflow.cli import main
+from tokenflow.data import image_folder
+from tokenflow.models.tokenflow import TokenFlow
 from tokenflow.report.charts import bar_chart, line_chart, ticks
 from tokenflow.report.pixels import data_uri, sheet
 
@@ -104,6 +107,14 @@ def test_numbers_are_written_with_their_conditions(finished):
     assert 0 < tokenizer["codebook use"] <= 1 and 1 <= tokenizer["perplexity"] <= 2048
     assert numbers["conditions"]["tokenizer"]["steps"] == numbers["conditions"]["generator"]["steps"] == 3
     assert numbers["skipped"][0].startswith("torn.png")
+
+
+def test_certified_search_on_the_residuals_of_its_model(finished, folder):
+    plan, _ = finished
+    model = TokenFlow.from_pretrained(plan.out / "tokenizer").eval()
+    searched, rows = compare(model, image_folder(folder).float_images())
+    # The model's own search, then seven of every row: three metrics of two tables and the shared index.
+    assert rows == 40 * 341 and searched.int8 + searched.full >= 8 * rows and searched.int8 > 4 * rows, searched
 
 
 def test_started_again_it_trains_nothing_anew(finished, monkeypatch):
