@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.ops._native import counted_by_the_caller, tell_counts
+from tokenflow_ext.ops._native import counted_by_the_caller, in_type, tell_counts
 from tokenflow_ext.ops.quantize import HITS, NOTHING, SUMS
 from tokenflow_ext.quantize import _ranks, _usage
 from tokenflow_ext.quantize._kmeans import kmeans, sample
@@ -114,9 +114,12 @@ class Codebook(nn.Module):
         """The tables side by side, [G, K, C]."""
         return torch.cat(self.tables(), dim=-1).reshape(self.groups, self.codes, -1)
 
-    def rows(self, indices: torch.Tensor, backend: str, *, unit: bool | None = None) -> torch.Tensor:
-        """The codes [..., C] (or [..., G, D]) as quantized values are made of them: unit per table for cosine, or as asked."""
-        parts = [ops.lookup(indices, table, backend=backend) for table in self.tables()]
+    def rows(self, indices: torch.Tensor, backend: str, *, unit: bool | None = None, dtype=None) -> torch.Tensor:
+        """The codes [..., C] (or [..., G, D]) as quantized values are made of them: unit per table for cosine.
+
+        `unit` says otherwise; `dtype` is what they are computed in, the tables' by default.
+        """
+        parts = [ops.lookup(indices, in_type(t, dtype or t.dtype), backend=backend) for t in self.tables()]
         if self.metric == "cosine" if unit is None else unit:
             parts = [ops.normalize_rows(part, backend=backend) for part in parts]
         return torch.cat(tuple(parts), dim=-1)
@@ -316,11 +319,9 @@ class Codebook(nn.Module):
             return  # on every rank, for ema_counts have the same bits there
         good = self._good(rows, mask)
         first, total = (n[:, None] for n in _ranks.numbering(good.sum(0)))
-        draws, ranking = dead.sum(1, keepdim=True), dead.cumsum(1) - 1
         seed = self.revivals * self.groups + torch.arange(self.groups, device=dead.device)[:, None]
-        numbers = _ranks.spread(ranking, draws, total, seed)
-        # Of two codes that drew the same row the second one waits.
-        take = dead & (total > 0) & ((ranking == 0) | (numbers != _ranks.spread(ranking - 1, draws, total, seed)))
+        numbers, found = _ranks.spread(dead.cumsum(1) - 1, dead.sum(1, keepdim=True), total, seed)
+        take = dead & found
         numbers = torch.where(take, numbers, total)
         fresh = self._unit(_ranks.rows_at(rows.to(self.table_0.dtype), good, first[:, 0], numbers), backend)
         self._write(torch.where(take[..., None], fresh, self.joined()))

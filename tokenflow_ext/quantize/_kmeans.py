@@ -26,7 +26,7 @@ def sample(rows: torch.Tensor, good: torch.Tensor, codes: int) -> torch.Tensor:
     first, total = _ranks.numbering(good.sum().view(1))
     size = min(int(total), max(SAMPLE, 2 * codes))
     numbers = torch.arange(size, device=rows.device)[None]
-    numbers = _ranks.spread(numbers, torch.full_like(total, size), total, torch.zeros_like(total))
+    numbers, _ = _ranks.spread(numbers, torch.full_like(total, size), total, torch.zeros_like(total))
     flat = rows.reshape(rows.shape[0], 1, groups * width)
     return _ranks.rows_at(flat, good[:, None], first, numbers).view(size, groups, width)
 

@@ -27,7 +27,7 @@ def masked_quantize(quantizer, rows: torch.Tensor, mask: torch.Tensor) -> Quanti
     x = rows.to(real(rows, codebook.table_0)).masked_fill(~kept, 0)
     indices = codebook.search(quantizer._flat(x.detach()), quantizer.weights, backend).reshape(x.shape[:-1])
     finite = x.detach().isfinite().all(-1, keepdim=True)
-    y, q = codebook._unit(torch.where(finite, x, 0), backend), codebook.rows(indices, backend)
+    y, q = codebook._unit(torch.where(finite, x, 0), backend), codebook.rows(indices, backend, dtype=x.dtype)
     loss = _mean_square(q, y, kept & finite, mask.sum().clamp_min(1) * quantizer.dim, quantizer)
     value = torch.where(kept, torch.where(finite, q.detach(), torch.nan), 0)
     return Quantized((value + (y - y.detach())).to(rows.dtype), indices, loss)
@@ -51,7 +51,7 @@ def scale_losses(
     if options["loss_on"] == "codes":
         rows = ops.multiscale_rows(features, indices, tables, **options)
         unit = options["metric"] == "cosine" if options["normalize_codes"] is None else options["normalize_codes"]
-        q = quantizer.codebook.rows(indices, quantizer.backend, unit=unit)
+        q = quantizer.codebook.rows(indices, quantizer.backend, unit=unit, dtype=rows.dtype)
         y = quantizer.codebook._unit(torch.where(rows.detach().isfinite(), rows, 0), quantizer.backend)
         keep = (rows.detach() + q.detach()).isfinite().all(-1, keepdim=True)
         if mask is not None:

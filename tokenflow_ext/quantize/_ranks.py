@@ -67,11 +67,17 @@ def mixed(numbers: torch.Tensor) -> torch.Tensor:
     return numbers ^ (numbers >> 16)
 
 
-def spread(ranking: torch.Tensor, draws: torch.Tensor, total: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
-    """Numbers below `total`, one at random from each of `draws` equal stretches: that of stretch `ranking`.
+def spread(place: torch.Tensor, draws: torch.Tensor, total: torch.Tensor, seed: torch.Tensor):
+    """(numbers, found): numbers below `total`, one at random from each of as many equal stretches as there are draws.
 
-    They do not fall as `ranking` rises; with draws = total they are `ranking` itself.
+    No two are equal. Of more draws than numbers those find nothing whose stretch is empty.
+
+    Args:
+        place: which stretch, in [0, draws).
+        draws: how many there are.
+        total: how many numbers.
+        seed: of the draw, in [0, 2^32).
     """
-    total = total.clamp_min(1)
-    jitter = mixed((mixed(seed & 0xFFFFFFFF) + ranking) & 0xFFFFFFFF) % total
-    return (ranking * total + jitter) // draws.clamp_min(1)
+    start, end = (p * total // draws.clamp_min(1) for p in (place, place + 1))
+    jitter = mixed((mixed(seed & 0xFFFFFFFF) + place) & 0xFFFFFFFF)
+    return start + jitter % (end - start).clamp_min(1), end > start
