@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from harness import assert_near, normal, same_bits
+from harness import assert_near, normal
 from torch import nn
 
 from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer, VectorQuantizer
@@ -143,12 +143,17 @@ DDP = [(update, broadcast) for update in ("gradient", "ema", "none") for broadca
 FSDP = [("ema", False), ("gradient", True), ("gradient", False)]
 
 
+def runs(key: tuple, world: int) -> bool:
+    """Four ranks on two cores wait for each other: they leave out the easy half."""
+    return world == 2 or key[1] not in ("even", False)
+
+
 def everything(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    results = {key: train(*key, rank, world) for key in TRAINED}
-    results.update({("ddp", *key): ddp(*key, rank, world) for key in DDP})
+    results = {key: train(*key, rank, world) for key in TRAINED if runs(key, world)}
+    results.update({("ddp", *key): ddp(*key, rank, world) for key in DDP if runs(key, world)})
     if world == 2:
         results.update({("fsdp", *key): fsdp(*key, rank, world) for key in FSDP})
     torch.save(results, f"{folder}/{rank}.pt")
@@ -173,6 +178,8 @@ def whole():
 @pytest.mark.parametrize("name, parts", TRAINED)
 def test_shards_equal_the_whole(ranks, whole, name, parts):
     """Tables, averages, usage: k-means, revival, padding, NaN and ranks without rows included."""
+    if not runs((name, parts), len(ranks)):
+        pytest.skip("run on two ranks")
     first, expected = ranks[0][name, parts], whole[name]
     for key, value in expected.items():
         for other in ranks[1:]:
@@ -189,10 +196,12 @@ def test_shards_equal_the_whole(ranks, whole, name, parts):
 
 @pytest.mark.parametrize("update, broadcast_buffers", DDP)
 def test_ddp_trains(ranks, update, broadcast_buffers):
+    if not runs((update, broadcast_buffers), len(ranks)):
+        pytest.skip("run on two ranks")
     results = [rank["ddp", update, broadcast_buffers] for rank in ranks]
     for key in results[0].keys() - {"losses", "hits"}:
         for other in results[1:]:
-            assert same_bits(other[key], results[0][key]), key
+            assert torch.equal(other[key], results[0][key]), key
     for result in results:
         assert result["losses"].isfinite().all() and result["losses"][-4:].mean() < 0.7 * result["losses"][:4].mean()
     hits = sum(result["hits"] for result in results)
@@ -207,7 +216,7 @@ def test_fsdp_trains(ranks, update, ignored):
     results = [rank["fsdp", update, ignored] for rank in ranks]
     assert all(result["sharded"] for result in results)
     for key in results[0].keys() - {"losses"}:
-        assert same_bits(results[1][key], results[0][key]), key
+        assert torch.equal(results[1][key], results[0][key]), key
         assert results[0][key].isfinite().all(), key
     for result in results:
         assert result["losses"][-4:].mean() < 0.7 * result["losses"][:4].mean()
