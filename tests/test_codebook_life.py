@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 from harness import METRICS, assert_gradients, assert_near, assert_sentence, compiled, leaves, normal, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenflow_ext import ops
+from tokenflow_ext.ops import _native
 from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer, VectorQuantizer
 from tokenflow_ext.quantize._codebook import Codebook
 
@@ -431,6 +433,33 @@ def test_collapse_is_told_once():
         asked = build(update="none")
         asked(x)
         asked.usage()
+
+
+class Dispatched(TorchDispatchMode):
+    """Sends every call through the dispatcher, where tensors without memory meet the operators' shapes."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("kind", [*KINDS, "scales"])
+def test_a_step_off_the_cpu_reads_no_value(monkeypatch, kind, update, masked):
+    """Tensors without memory have none to read: a step that waits for its device, or lets values decide a shape, fails on them."""
+    monkeypatch.setattr(_native, "_missing", lambda *_: None)
+    options = {"update": update, "dead_code_threshold": 0.5, "kmeans_init": True}
+    with torch.device("meta"):
+        module = scales(**options) if kind == "scales" else build(kind, **options)
+        x = torch.randn((6, 12, 4, 4) if kind == "scales" else (64, 12), requires_grad=True)
+        mask = torch.ones(len(x), dtype=torch.bool) if masked else None
+    codebook = (module.quantizer if kind == "scales" else module).codebook
+    with Dispatched():
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            module(x, mask)  # k-means asks whether it is needed
+        codebook._placed = True
+        module(x, mask).loss.backward()
+    assert x.grad.shape == x.shape
 
 
 # Bad batches

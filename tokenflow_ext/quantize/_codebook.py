@@ -255,7 +255,7 @@ class Codebook(nn.Module):
     def _watch(self, bad: torch.Tensor) -> None:
         """Adds up the rows that are not finite; on the CPU, where looking costs no wait, warns of them and of a collapse."""
         self.non_finite += bad
-        if torch.compiler.is_compiling() or not self.hits.is_cpu:
+        if torch.compiler.is_compiling() or self.hits.device.type != "cpu":
             return
         self._tell_non_finite(bad)
         self._looked += 1
@@ -315,7 +315,7 @@ class Codebook(nn.Module):
         """Dead codes take rows of the batch of all ranks, each another one, drawn from as many equal stretches of it."""
         dead = self.ema_counts < self.dead_code_threshold
         self.revivals += 1
-        if not torch.compiler.is_compiling() and dead.is_cpu and not bool(dead.any()):
+        if not torch.compiler.is_compiling() and dead.device.type == "cpu" and not bool(dead.any()):
             return  # on every rank, for ema_counts have the same bits there
         good = self._good(rows, mask)
         first, total = (n[:, None] for n in _ranks.numbering(good.sum(0)))

@@ -104,7 +104,8 @@ class Quantizer(nn.Module):
             else:
                 (quantized, indices, loss), statistics = masked_quantize(self, rows, mask), []
         if self.training:
-            loss = self._with_entropy(loss, [grouped if mask is None else grouped[flat_mask]])
+            if self.entropy_weight > 0:
+                loss = self._with_entropy(loss, [grouped if mask is None else grouped[flat_mask]])
             counts, sums = statistics or (None, None)
             ids = indices.reshape(grouped.shape[:2])
             with self.codebook.quietly():
@@ -134,8 +135,6 @@ class Quantizer(nn.Module):
 
     def _with_entropy(self, loss: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """loss + entropy_weight * mean over `rows` (one [N, G, C] a scale) of (mean_n H(p_n) - H(mean_n p_n))."""
-        if self.entropy_weight == 0:
-            return loss
         tables = self.codebook.tables()
         for part in rows:
             x = part if self.codebook.groups > 1 else part[:, 0].split(self.codebook.widths, dim=-1)
