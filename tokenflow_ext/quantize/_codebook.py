@@ -250,7 +250,7 @@ class Codebook(nn.Module):
             _ranks.all_reduce(counts)
             self.ema_counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         if self.dead_code_threshold > 0:
-            self._revive(rows, mask, backend)
+            self._revive(rows, ids, mask, backend)
 
     def _watch(self, bad: torch.Tensor) -> None:
         """Adds up the rows that are not finite; on the CPU, where looking costs no wait, warns of them and of a collapse."""
@@ -311,25 +311,43 @@ class Codebook(nn.Module):
         # Unit table by table.
         self._write(torch.where((counts > 0)[..., None], self._unit(joined, backend), joined))
 
-    def _revive(self, rows: torch.Tensor, mask, backend: str) -> None:
-        """Dead codes take rows of the batch of all ranks, each another one, drawn from as many equal stretches of it."""
+    def _revive(self, rows: torch.Tensor, ids: torch.Tensor, mask, backend: str) -> None:
+        """Dead codes take rows of the batch of all ranks, each another one, likelier the farther they lie from their codes."""
         dead = self.ema_counts < self.dead_code_threshold
         self.revivals += 1
         if not torch.compiler.is_compiling() and dead.device.type == "cpu" and not bool(dead.any()):
             return  # on every rank, for ema_counts have the same bits there
+        joined = self.joined()
         good = self._good(rows, mask)
-        first, total = (n[:, None] for n in _ranks.numbering(good.sum(0)))
-        seed = self.revivals * self.groups + torch.arange(self.groups, device=dead.device)[:, None]
-        numbers, found = _ranks.spread(dead.cumsum(1) - 1, dead.sum(1, keepdim=True), total, seed)
-        take = dead & found
-        numbers = torch.where(take, numbers, total)
-        fresh = self._unit(_ranks.rows_at(rows.to(self.table_0.dtype), good, first[:, 0], numbers), backend)
-        self._write(torch.where(take[..., None], fresh, self.joined()))
+        rows = self._unit(torch.where(good[..., None], rows, 0).to(joined.dtype), backend)
+        shares = self._shares(rows, joined, ids, good)
+        first, total = _ranks.numbering(shares.sum(0))
+        place = torch.arange(self.codes, device=dead.device).expand_as(dead)
+        seed = self.revivals * self.groups + torch.arange(self.groups, device=dead.device)
+        draws = dead.sum(1)
+        numbers, found = _ranks.spread(place, draws[:, None], total[:, None], seed[:, None])
+        fresh = _ranks.rows_at(rows, shares, first, torch.where(place < draws[:, None], numbers, total[:, None]))
+        # A row far from its code may have been drawn twice in a row.
+        found[:, 1:] &= (fresh[:, 1:] != fresh[:, :-1]).any(-1)
+        place = (dead.cumsum(1) - 1).clamp_min(0)
+        take, fresh = dead & found.gather(1, place), fresh.gather(1, place[..., None].expand_as(fresh))
+        self._write(torch.where(take[..., None], fresh, joined))
         # Counts above the threshold give a code time to find rows before it is judged again.
         counts = max(1.0, 2.0 * self.dead_code_threshold)
         self.ema_counts.masked_fill_(take, counts)
         if self.update == "ema":
             self.ema_sums.copy_(torch.where(take[..., None], fresh * counts, self.ema_sums))
+
+    def _shares(self, rows: torch.Tensor, joined: torch.Tensor, ids: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+        """int64 [N, G] ~ squared distances of rows to their codes, at most four times their mean; 0 where it is 0 or not good."""
+        near = joined.gather(1, ids.t()[..., None].expand(-1, -1, rows.shape[-1])).transpose(0, 1)
+        distances = (rows - near).square().sum(-1).double()
+        good = good & distances.isfinite()
+        distances = torch.where(good, distances, 0)
+        sums = torch.stack([distances.sum(0), good.sum(0).double()])
+        _ranks.all_reduce(sums)
+        most = (4 * sums[0] / sums[1].clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny)
+        return ((distances / most).clamp_max(1) * 2**20).ceil().to(torch.int64)
 
     def usage(self, hits: torch.Tensor, per, all_ranks: bool):
         """`_usage.usage` of hits [R, K]: their mean, or each where `per` says of what they are."""

@@ -29,7 +29,7 @@ def broadcast(*tensors: torch.Tensor) -> None:
 
 
 def numbering(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(numbers [G] of this rank's first rows, rows [G] of all ranks) for the rows [G] that this rank found."""
+    """(this rank's first numbers [G], numbers [G] of all ranks) where this rank has found [G] of them."""
     rank, count = ranks()
     if count == 1:
         return torch.zeros_like(found), found
@@ -39,18 +39,18 @@ def numbering(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return table[:rank].sum(0), table.sum(0)
 
 
-def rows_at(rows: torch.Tensor, good: torch.Tensor, first: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The rows [G, M, C] at these numbers among the good ones of all ranks, on every rank; zeros at numbers beyond them.
+def rows_at(rows: torch.Tensor, shares: torch.Tensor, first: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The rows [G, M, C] that these numbers of all ranks belong to, on every rank; zeros at numbers beyond them.
 
     Args:
         rows: [N, G, C] of this rank; N may be 0.
-        good: [N, G], which of them count.
-        first: [G], the number of this rank's first good row.
+        shares: [N, G], how many numbers each has: 0 leaves it out.
+        first: [G], the first number of this rank.
         numbers: [G, M].
     """
     picked = rows.new_zeros((*numbers.shape, rows.shape[-1]))
     if rows.shape[0]:
-        upto = good.cumsum(0).t().contiguous()
+        upto = shares.cumsum(0).t().contiguous()
         local = numbers - first[:, None]
         mine = (local >= 0) & (local < upto[:, -1:])
         place = torch.searchsorted(upto, local + 1).clamp(max=rows.shape[0] - 1)
@@ -70,7 +70,8 @@ def mixed(numbers: torch.Tensor) -> torch.Tensor:
 def spread(place: torch.Tensor, draws: torch.Tensor, total: torch.Tensor, seed: torch.Tensor):
     """(numbers, found): numbers below `total`, one at random from each of as many equal stretches as there are draws.
 
-    No two are equal. Of more draws than numbers those find nothing whose stretch is empty.
+    No two are equal. Of more draws than numbers those find nothing whose stretch is empty. Where `total` is a little off, the
+    numbers are. draws * total has to stay below 2^63 and total below 2^43.
 
     Args:
         place: which stretch, in [0, draws).
@@ -79,5 +80,5 @@ def spread(place: torch.Tensor, draws: torch.Tensor, total: torch.Tensor, seed: 
         seed: of the draw, in [0, 2^32).
     """
     start, end = (p * total // draws.clamp_min(1) for p in (place, place + 1))
-    jitter = mixed((mixed(seed & 0xFFFFFFFF) + place) & 0xFFFFFFFF)
-    return start + jitter % (end - start).clamp_min(1), end > start
+    jitter = mixed((mixed(seed & 0xFFFFFFFF) + place) & 0xFFFFFFFF) >> 12
+    return start + ((jitter * (end - start)) >> 20), end > start
