@@ -145,7 +145,7 @@ def test_update_none_moves_nothing_but_the_count():
     quantizer = build(update="none")
     before, (x,) = state(quantizer), leaves(normal(64, 12, seed=1))
     quantizer(x).loss.backward()
-    assert x.grad.any() and changed(quantizer, before) == {"codebook.hits"}
+    assert x.grad.any() and not changed(quantizer, before)
 
 
 @pytest.mark.parametrize("update", ["gradient", "ema"])
@@ -155,7 +155,7 @@ def test_freeze(update):
     quantizer.freeze()
     before, (x,) = state(quantizer), leaves(normal(64, 12, seed=2))
     quantizer(x).loss.backward()
-    assert changed(quantizer, before) == {"codebook.hits"}
+    assert not changed(quantizer, before)
     assert x.grad.any() and not any(t.requires_grad for t in quantizer.codebooks())
     still = build(update="none")
     still.load_state_dict(
@@ -264,7 +264,7 @@ def test_kmeans_init(kind):
     assert loss < 0.8 * random(x).loss and not bool(quantizer.codebook.needs_init)
     before = state(quantizer)
     quantizer(normal(50, 12))
-    assert changed(quantizer, before) == {"codebook.hits"}
+    assert not changed(quantizer, before)
     copied = build(kind, kmeans_init=True, update="none")
     copied.load_state_dict(quantizer.state_dict())
     copied(normal(50, 12))
