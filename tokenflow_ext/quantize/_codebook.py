@@ -73,11 +73,9 @@ class Codebook(nn.Module):
             ("groups", groups),
             *((f"dims[{t}]", w) for t, w in enumerate(widths)),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{owner}: {name}: wanted an integer >= 1, got {value!r}")
-        if not 0 <= ops._check.number(owner, "decay", decay) <= 1:
-            raise ValueError(f"{owner}: decay: wanted a number in [0, 1], got {decay}")
-        ops._check.non_negative(owner, "dead_code_threshold", dead_code_threshold)
+            ops._check.positive(owner, name, value)
+        decay = ops._check.share(owner, "decay", decay)
+        dead_code_threshold = ops._check.non_negative(owner, "dead_code_threshold", dead_code_threshold)
         self.widths, self.codes, self.groups, self.metric = list(widths), codes, groups, metric
         self.update, self.decay = update, decay
         self.dead_code_threshold = dead_code_threshold if update != "none" else 0
@@ -90,7 +88,7 @@ class Codebook(nn.Module):
             else:
                 self.register_buffer(f"table_{t}", table)
         self.register_buffer("hits", torch.zeros(groups, codes, dtype=torch.int64), persistent=False)
-        self.kmeans_init = bool(kmeans_init)
+        self.kmeans_init = ops._check.flag(owner, "kmeans_init", kmeans_init)
         if self.kmeans_init:
             self.register_buffer("needs_init", torch.tensor(True))
         if update == "ema" or self.dead_code_threshold > 0:

@@ -42,17 +42,16 @@ class MultiScaleQuantizer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         name = "MultiScaleQuantizer"
-        if not isinstance(quantizer, Quantizer) or quantizer.codebook.groups != 1:
-            raise ValueError(
-                f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got {quantizer!r}"
-            )
-        if not 0 <= ops._check.number(name, "scale_dropout", scale_dropout) <= 1:
-            raise ValueError(f"{name}: scale_dropout: wanted a probability, got {scale_dropout}")
+        wanted = f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got"
+        if not isinstance(quantizer, Quantizer):
+            raise TypeError(f"{wanted} {type(quantizer).__name__}")
+        if quantizer.codebook.groups != 1:
+            raise ValueError(f"{wanted} groups = {quantizer.codebook.groups}")
         self.scales = _multiscale_check.grids(name, scales)
         _multiscale_check.loss_on(name, loss_on, phi)
         _multiscale_check.unit_codes(name, quantizer.metric, normalize_codes)
         self.quantizer, self.loss_on, self.normalize_codes = quantizer, loss_on, normalize_codes
-        self.scale_dropout = scale_dropout
+        self.scale_dropout = ops._check.share(name, "scale_dropout", scale_dropout)
         self.phi_ratio = self.phi_assignment = None
         if phi is not None:
             _multiscale_check.phi_rows(name, phi, quantizer.dim, len(self.scales))
