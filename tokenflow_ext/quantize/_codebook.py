@@ -33,7 +33,8 @@ def keep_precision(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
     """`apply(fn, recurse)` of a module whose own tensors move devices but never become half precision."""
     owned = {**module._parameters, **module._buffers}
     tensors = {name: t for name, t in owned.items() if t is not None and t.dtype in (torch.float32, torch.float64)}
-    before = {name: (t.detach(), t.grad) for name, t in tensors.items()}
+    # Detached, for what `apply` moves in place is the gradient itself.
+    before = {name: (t.detach(), t.grad if t.grad is None else t.grad.detach()) for name, t in tensors.items()}
     apply(fn, recurse)
     for name, (value, grad) in before.items():
         tensor = getattr(module, name)
