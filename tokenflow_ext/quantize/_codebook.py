@@ -45,6 +45,13 @@ def keep_precision(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
     return module
 
 
+def in_full_precision(module: nn.Module, _) -> None:
+    """After load_state_dict(assign=True) of a file in half precision: the module's own tensors are float32 again."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()
+
+
 class Codebook(nn.Module):
     """T tables under one index for each of G groups: [K, D_t] or, where G > 1, [G, K, D].
 
@@ -66,6 +73,7 @@ class Codebook(nn.Module):
 
     def __init__(self, owner, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
         super().__init__()
+        self.register_load_state_dict_post_hook(in_full_precision)
         if update not in UPDATES:
             raise ValueError(f"{owner}: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
         ops._check.metric(owner, metric)

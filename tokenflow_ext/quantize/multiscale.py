@@ -9,7 +9,7 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import keep_precision
+from tokenflow_ext.quantize._codebook import in_full_precision, keep_precision
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
@@ -41,6 +41,7 @@ class MultiScaleQuantizer(nn.Module):
         normalize_codes: bool | None = None, scale_dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
+        self.register_load_state_dict_post_hook(in_full_precision)
         name = "MultiScaleQuantizer"
         wanted = f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got"
         if not isinstance(quantizer, Quantizer):
