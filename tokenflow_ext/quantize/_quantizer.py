@@ -78,7 +78,8 @@ class Quantizer(nn.Module):
         """
         rows = self._rows(x)
         grouped = self._flat(rows)
-        self.codebook.initialise(grouped, self.weights, self.backend)
+        if self.training:  # in eval an exported program would hold an empty block of no_grad, which torch cannot save
+            self.codebook.initialise(grouped, self.weights, self.backend)
         options = {
             "metric": self.metric,
             "commitment_weight": self.commitment_weight,
