@@ -119,9 +119,11 @@ class MultiScaleQuantizer(nn.Module):
         """Ids of the kept scales with -1 at the places of the dropped one."""
         if len(kept) == len(self.scales):
             return indices
-        pieces = iter(indices.split(self._lengths(kept), dim=1))
-        blank = [indices.new_full((len(indices), h * w), -1) for h, w in self.scales]
-        return torch.cat([next(pieces) if s in kept else blank[s] for s in range(len(self.scales))], dim=1)
+        maps = [indices.new_full((len(indices), h * w), -1) for h, w in self.scales]
+        # By assignment: Dynamo takes `s in kept` of another dropped scale for what it was.
+        for s, ids in zip(kept, indices.split(self._lengths(kept), dim=1)):
+            maps[s] = ids
+        return torch.cat(maps, dim=1)
 
     @torch.no_grad()
     def encode(self, features: torch.Tensor) -> torch.Tensor:
