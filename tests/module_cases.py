@@ -78,6 +78,6 @@ def step(module: nn.Module, x: torch.Tensor, *, call=None, scale: float = 1.0) -
         scale: of what is differentiated.
     """
     x = x.detach().requires_grad_()
-    out = (call or module)(x)
+    out = (module if call is None else call)(x)
     ((out.quantized.float().square().mean() + out.loss) * scale).backward()
     return [*(t.detach() for t in out), x.grad, *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
