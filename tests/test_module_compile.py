@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tokenflow_ext.quantize import MultiScaleQuantizer, VectorQuantizer
 
 BATCHES = (5, 3, 8, 1)
+SYMBOLIC = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class Counting:
@@ -28,7 +29,7 @@ class Counting:
     def data_dependent(self) -> set:
         """Symbols for sizes and numbers that only the data know."""
         values = [n.meta.get("example_value") for g in self.graphs for n in g.graph.nodes]
-        return {s for v in tree_leaves(values) if isinstance(v, torch.Tensor) for s in free_unbacked_symbols(v)}
+        return {s for v in tree_leaves(values) if isinstance(v, SYMBOLIC) for s in free_unbacked_symbols(v)}
 
 
 def assert_same_steps(eager, traced, call, kind, batches=BATCHES):
