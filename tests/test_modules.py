@@ -414,7 +414,7 @@ def test_no_warning_in_an_ordinary_step():
 
 BAD = {
     "codes": ("codebook_size", ValueError, {"codebook_size": 0}),
-    "codes kind": ("codebook_size", ValueError, {"codebook_size": 2.5}),
+    "codes kind": ("codebook_size", TypeError, {"codebook_size": 2.5}),
     "metric": ("metric", ValueError, {"metric": "x"}),
     "update": ("update", ValueError, {"update": "sgd"}),
     "commitment": ("commitment_weight", ValueError, {"commitment_weight": -1.0}),
@@ -449,7 +449,7 @@ def test_bad_shapes():
     assert_sentence(ValueError, "VectorQuantizer", "dim", VectorQuantizer, 0, 4)
     assert_sentence(ValueError, "VectorQuantizer", "dim", VectorQuantizer, 12, 4, groups=5)
     assert_sentence(ValueError, "SharedIndexQuantizer", "dims", SharedIndexQuantizer, (), 4)
-    assert_sentence(ValueError, "SharedIndexQuantizer", "dims", SharedIndexQuantizer, 12, 4)
+    assert_sentence(TypeError, "SharedIndexQuantizer", "dims", SharedIndexQuantizer, 12, 4)
     assert_sentence(ValueError, "SharedIndexQuantizer", "weights", SharedIndexQuantizer, (8, 4), 4, weights=(1.0,))
     for kind, name in (("vector", "VectorQuantizer"), ("shared", "SharedIndexQuantizer")):
         for error, x in (

@@ -24,7 +24,8 @@ def keep_precision(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
     """`apply(fn, recurse)` of a module whose own tensors move devices but never become half precision."""
     owned = {**module._parameters, **module._buffers}
     tensors = {name: t for name, t in owned.items() if t is not None and t.dtype in (torch.float32, torch.float64)}
-    before = {name: (t.detach(), t.grad) for name, t in tensors.items()}
+    # Detached, for what `apply` moves in place is the gradient itself.
+    before = {name: (t.detach(), t.grad if t.grad is None else t.grad.detach()) for name, t in tensors.items()}
     apply(fn, recurse)
     for name, (value, grad) in before.items():
         tensor = getattr(module, name)
@@ -39,6 +40,13 @@ def moved_counts(fn, counts: torch.Tensor) -> torch.Tensor:
     """fn(counts), and zeros where a tensor without memory gets some."""
     moved = fn(counts)
     return moved.zero_() if counts.is_meta and not moved.is_meta else moved
+
+
+def in_full_precision(module: nn.Module, _) -> None:
+    """After load_state_dict(assign=True) of a file in half precision: the module's own tensors are float32 again."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()
 
 
 class Codebook(nn.Module):
@@ -68,6 +76,7 @@ class Codebook(nn.Module):
 
     def __init__(self, owner, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
         super().__init__()
+        self.register_load_state_dict_post_hook(in_full_precision)
         if update not in UPDATES:
             raise ValueError(f"{owner}: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
         ops._check.metric(owner, metric)
@@ -76,11 +85,9 @@ class Codebook(nn.Module):
             ("groups", groups),
             *((f"dims[{t}]", w) for t, w in enumerate(widths)),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{owner}: {name}: wanted an integer >= 1, got {value!r}")
-        if not 0 <= ops._check.number(owner, "decay", decay) <= 1:
-            raise ValueError(f"{owner}: decay: wanted a number in [0, 1], got {decay}")
-        ops._check.non_negative(owner, "dead_code_threshold", dead_code_threshold)
+            ops._check.positive(owner, name, value)
+        decay = ops._check.share(owner, "decay", decay)
+        dead_code_threshold = ops._check.non_negative(owner, "dead_code_threshold", dead_code_threshold)
         self.widths, self.codes, self.groups, self.metric = list(widths), codes, groups, metric
         self.update, self.decay = update, decay
         self.dead_code_threshold = dead_code_threshold if update != "none" else 0
@@ -97,7 +104,7 @@ class Codebook(nn.Module):
         self._told, self._looked = set(), 0
         # Reading the buffer waits for the device: once, until a checkpoint or a move may have changed it.
         self._placed = None
-        self.kmeans_init = bool(kmeans_init)
+        self.kmeans_init = ops._check.flag(owner, "kmeans_init", kmeans_init)
         if self.kmeans_init:
             self.register_buffer("needs_init", torch.tensor(True))
         if update == "ema" or self.dead_code_threshold > 0:

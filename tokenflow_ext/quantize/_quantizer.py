@@ -24,15 +24,15 @@ class Quantizer(nn.Module):
         name = type(self).__name__
         if backend not in BACKENDS:
             raise ValueError(f"{name}: backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
-        if not ops._check.number(name, "entropy_temperature", entropy_temperature) > 0:
-            raise ValueError(f"{name}: entropy_temperature: wanted a number > 0, got {entropy_temperature}")
+        entropy_temperature = ops._check.number(name, "entropy_temperature", entropy_temperature)
+        if not 0 < entropy_temperature < float("inf"):
+            raise ValueError(f"{name}: entropy_temperature: wanted a finite number > 0, got {entropy_temperature}")
         self.weights = ops._check.table_weights(name, weights, len(widths))
         self.metric, self.backend = metric, backend
         self.channel_dim = ops._check.integer(name, "channel_dim", channel_dim)
         self.commitment_weight = ops._check.non_negative(name, "commitment_weight", commitment_weight)
-        self.codebook_weight = (
-            ops._check.non_negative(name, "codebook_weight", codebook_weight) if update == "gradient" else 0.0
-        )
+        codebook_weight = ops._check.non_negative(name, "codebook_weight", codebook_weight)
+        self.codebook_weight = codebook_weight if update == "gradient" else 0.0
         self.entropy_weight = ops._check.non_negative(name, "entropy_weight", entropy_weight)
         self.entropy_temperature = entropy_temperature
         self.entropy_eps = ops._check.non_negative(name, "entropy_eps", entropy_eps)
@@ -97,7 +97,8 @@ class Quantizer(nn.Module):
         flat_mask = None
         if mask is not None:
             flat_mask = self._mask(rows, mask).reshape(-1)
-        self.codebook.initialise(grouped, self.weights, self.backend, flat_mask)
+        if self.training:  # in eval an exported program would hold an empty block of no_grad, which torch cannot save
+            self.codebook.initialise(grouped, self.weights, self.backend, flat_mask)
         with self.codebook.quietly():
             if mask is None:
                 quantized, indices, loss, *statistics = self._quantize(rows)

@@ -9,7 +9,7 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import _recomputing, keep_precision, moved_counts
+from tokenflow_ext.quantize._codebook import _recomputing, in_full_precision, keep_precision, moved_counts
 from tokenflow_ext.quantize._masked import scale_losses
 from tokenflow_ext.quantize._quantizer import Quantizer
 
@@ -48,18 +48,18 @@ class MultiScaleQuantizer(nn.Module):
         normalize_codes: bool | None = None, scale_dropout: float = 0.0, scale_weights: Sequence[float] | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.register_load_state_dict_post_hook(in_full_precision)
         name = "MultiScaleQuantizer"
-        if not isinstance(quantizer, Quantizer) or quantizer.codebook.groups != 1:
-            raise ValueError(
-                f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got {quantizer!r}"
-            )
-        if not 0 <= ops._check.number(name, "scale_dropout", scale_dropout) <= 1:
-            raise ValueError(f"{name}: scale_dropout: wanted a probability, got {scale_dropout}")
+        wanted = f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got"
+        if not isinstance(quantizer, Quantizer):
+            raise TypeError(f"{wanted} {type(quantizer).__name__}")
+        if quantizer.codebook.groups != 1:
+            raise ValueError(f"{wanted} groups = {quantizer.codebook.groups}")
         self.scales = _multiscale_check.grids(name, scales)
         _multiscale_check.loss_on(name, loss_on, phi)
         _multiscale_check.unit_codes(name, quantizer.metric, normalize_codes)
         self.quantizer, self.loss_on, self.normalize_codes = quantizer, loss_on, normalize_codes
-        self.scale_dropout = scale_dropout
+        self.scale_dropout = ops._check.share(name, "scale_dropout", scale_dropout)
         self.scale_weights = None if scale_weights is None else self._checked_weights(scale_weights)
         self.scale_hits = torch.zeros(len(self.scales), quantizer.codebook.codes, dtype=torch.int64)
         self.phi_ratio = self.phi_assignment = None
@@ -205,9 +205,11 @@ class MultiScaleQuantizer(nn.Module):
         """Ids of the kept scales with -1 at the places of the dropped one."""
         if len(kept) == len(self.scales):
             return indices
-        pieces = iter(indices.split(self._lengths(kept), dim=1))
-        blank = [indices.new_full((len(indices), h * w), -1) for h, w in self.scales]
-        return torch.cat([next(pieces) if s in kept else blank[s] for s in range(len(self.scales))], dim=1)
+        maps = [indices.new_full((len(indices), h * w), -1) for h, w in self.scales]
+        # By assignment: Dynamo takes `s in kept` of another dropped scale for what it was.
+        for s, ids in zip(kept, indices.split(self._lengths(kept), dim=1)):
+            maps[s] = ids
+        return torch.cat(maps, dim=1)
 
     @torch.no_grad()
     def encode(self, features: torch.Tensor) -> torch.Tensor:

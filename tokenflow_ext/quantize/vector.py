@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from tokenflow_ext.ops import _check
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
@@ -45,10 +46,8 @@ class VectorQuantizer(Quantizer):
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
         dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
-        if not isinstance(groups, int) or groups < 1 or not isinstance(dim, int) or dim < 1 or dim % groups:
-            raise ValueError(
-                f"VectorQuantizer: dim: wanted a positive multiple of groups, got dim {dim!r} and groups {groups!r}"
-            )
+        if _check.positive("VectorQuantizer", "dim", dim) % _check.positive("VectorQuantizer", "groups", groups):
+            raise ValueError(f"VectorQuantizer: dim: wanted a multiple of groups, got dim {dim} and groups {groups}")
         super().__init__(
             [dim // groups], codebook_size, groups, None, metric, update, commitment_weight, codebook_weight, entropy_weight,
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
@@ -81,8 +80,10 @@ class SharedIndexQuantizer(Quantizer):
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
         dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
-        if not isinstance(dims, Sequence) or isinstance(dims, str) or not 1 <= len(dims) <= 16:
-            raise ValueError(f"SharedIndexQuantizer: dims: wanted 1 to 16 widths, got {dims!r}")
+        if not isinstance(dims, Sequence) or isinstance(dims, str):
+            raise TypeError(f"SharedIndexQuantizer: dims: wanted a sequence of widths, got {type(dims).__name__}")
+        if not 1 <= len(dims) <= 16:
+            raise ValueError(f"SharedIndexQuantizer: dims: wanted 1 to 16 widths, got {len(dims)}")
         super().__init__(
             dims, codebook_size, 1, weights, metric, update, commitment_weight, codebook_weight, entropy_weight,
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
