@@ -13,7 +13,13 @@ from tokenflow_ext.quantize._codebook import Codebook
 
 
 class Quantizer(nn.Module):
-    """What VectorQuantizer and SharedIndexQuantizer have in common; a subclass says how x falls into tables."""
+    """What VectorQuantizer and SharedIndexQuantizer have in common; a subclass says how x falls into tables.
+
+    Attributes:
+        gradient: how `quantized` passes its gradient on, "straight_through" unless a subclass says otherwise.
+    """
+
+    gradient = "straight_through"
 
     def __init__(
         self, widths, codebook_size, groups, weights, metric, update, commitment_weight, codebook_weight, entropy_weight,

@@ -36,15 +36,21 @@ class MultiScaleQuantizer(nn.Module):
         (torch.Size([2, 21]), [torch.Size([1, 1]), torch.Size([2, 2]), torch.Size([4, 4])])
     """
 
+    gradient = "straight_through"
+
     def __init__(
         self, quantizer: Quantizer, scales: Sequence[int | tuple[int, int]], *, phi=None, loss_on: str = "codes",
         normalize_codes: bool | None = None, scale_dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        name = "MultiScaleQuantizer"
+        name = type(self).__name__
         if not isinstance(quantizer, Quantizer) or quantizer.codebook.groups != 1:
             raise ValueError(
                 f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got {quantizer!r}"
+            )
+        if quantizer.gradient != self.gradient:
+            raise ValueError(
+                f"{name}: quantizer: wanted one with the gradient {self.gradient!r}, got {quantizer.gradient!r}"
             )
         if not 0 <= ops._check.number(name, "scale_dropout", scale_dropout) <= 1:
             raise ValueError(f"{name}: scale_dropout: wanted a probability, got {scale_dropout}")
