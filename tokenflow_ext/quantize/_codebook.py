@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.ops._native import tell_counts
+from tokenflow_ext.ops._native import real, tell_counts
 from tokenflow_ext.ops.quantize import HITS, NOTHING, SUMS
 
 UPDATES = ("gradient", "ema", "none")
@@ -62,6 +62,8 @@ class Codebook(nn.Module):
         kmeans_init: the first training batch places the codes by ten steps of Lloyd's algorithm.
         dead_code_threshold: a code whose moving average of rows a batch falls below takes a random row of the batch.
     """
+
+    normalize_mean = False
 
     def __init__(self, owner, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
         super().__init__()
@@ -123,6 +125,11 @@ class Codebook(nn.Module):
         if self.metric != "cosine":
             return rows
         return torch.cat([ops.normalize_rows(p, backend=backend) for p in rows.split(self.widths, dim=-1)], dim=-1)
+
+    @torch.no_grad()
+    def searched(self, rows: torch.Tensor, backend: str) -> torch.Tensor:
+        """Rows [..., C] (or [..., G, D]) as they are compared with the codes: unit per table for cosine."""
+        return self._unit(rows.to(real(rows, self.table_0)), backend)
 
     @torch.no_grad()
     def initialise(self, rows: torch.Tensor, weights, backend: str) -> None:
@@ -216,7 +223,10 @@ class Codebook(nn.Module):
         """The step of the moving averages; codes without rows keep their bits."""
         if len(self.widths) == 1 and self.table_0.is_contiguous():
             state = (self.table_0.view_as(self.ema_sums), self.ema_counts, self.ema_sums, counts, sums)
-            ops.ema_update_(*state, decay=self.decay, metric=self.metric, backend=backend)
+            options = {"metric": self.metric, "normalize_mean": self.normalize_mean}
+            ops.ema_update_(*state, decay=self.decay, **options, backend=backend)
+            if self.normalize_mean:  # the average is of the code itself, which is unit again after every step
+                self.ema_sums.copy_(self.table_0.view_as(self.ema_sums))
             return
         joined = self.joined()
         state = (joined, self.ema_counts, self.ema_sums, counts, sums)

@@ -10,6 +10,7 @@ from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import BACKENDS
 from tokenflow_ext.ops.quantize import quantize_and_count, shared_quantize_and_count
 from tokenflow_ext.quantize._codebook import Codebook
+from tokenflow_ext.quantize._gradients import GRADIENTS, rotated
 
 
 class Quantizer(nn.Module):
@@ -44,6 +45,11 @@ class Quantizer(nn.Module):
         self.codebook = Codebook(
             name, widths, codebook_size, groups, metric, update, decay, kmeans_init, dead_code_threshold
         )
+
+    def _pass_gradient(self, gradient: str) -> None:
+        if gradient not in GRADIENTS:
+            raise ValueError(f"{type(self).__name__}: gradient: wanted one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        self.gradient = gradient
 
     @property
     def dim(self) -> int:
@@ -100,6 +106,9 @@ class Quantizer(nn.Module):
             parts = rows.split(self.codebook.widths, dim=-1)
             (quantized, indices, loss), *statistics = shared_quantize_and_count(parts, tables, wanted, **options)
             quantized = torch.cat(quantized, dim=-1)
+        if self.gradient == "rotation" and torch.is_grad_enabled():
+            searched = self.codebook.searched(rows, self.backend)
+            quantized = rotated(quantized, searched, self.codebook.widths)
         if self.training:
             loss = self._with_entropy(loss, [grouped])
             self.codebook.observe(grouped, indices.reshape(grouped.shape[:2]), self.backend, *statistics)
