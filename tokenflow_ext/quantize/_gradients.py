@@ -66,6 +66,6 @@ class _Rotation(torch.autograd.Function):
 def rotated(quantized: Tensor, y: Tensor, widths: Sequence[int]) -> Tensor:
     """`quantized` [..., C], whose gradient is turned table by table before it goes on to y, the rows as searched [..., C].
 
-    Source: Fifty et al., arXiv 2410.06424, equation 4.
+    Source: the rotation trick, arXiv 2410.06424.
     """
     return _Rotation.apply(quantized, y.detach(), list(widths))

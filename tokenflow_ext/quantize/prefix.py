@@ -36,7 +36,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
     Raises:
         ValueError, TypeError: an argument that does not fit, in a sentence.
 
-    Source: Li et al., ImageFolder, arXiv 2410.01756, section 3.2.
+    Source: ImageFolder, arXiv 2410.01756.
 
     Example:
         >>> quantizer = PrefixMultiScaleQuantizer(VectorQuantizer(8, 64), (1, 2, 4), dropped=1.0)

@@ -28,7 +28,7 @@ def disentangle_loss(quantized: Sequence[Tensor], *, weight: float = 1.0, channe
     Raises:
         ValueError, TypeError: fewer than two tensors, shapes that differ, or a weight that is no number >= 0.
 
-    Source: Bai et al., FQGAN, arXiv 2411.16681, section 3.2.
+    Source: FQGAN, arXiv 2411.16681.
 
     Example:
         >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -56,7 +56,7 @@ def disentangle_loss(quantized: Sequence[Tensor], *, weight: float = 1.0, channe
 def fold(streams: Sequence[Tensor]) -> Tensor:
     """P streams of ids [B, L] as one of P ids a position, [B, L, P]: a model predicts a position's ids in one step.
 
-    Source: Li et al., ImageFolder, arXiv 2410.01756, section 3.3.
+    Source: ImageFolder, arXiv 2410.01756.
 
     Example:
         >>> fold([torch.tensor([[1, 2]]), torch.tensor([[7, 8]])])
@@ -102,7 +102,7 @@ class ProductQuantizer(Compound):
     Raises:
         ValueError, TypeError: quantizers that are none, or that do not go together.
 
-    Source: Bai et al., FQGAN, arXiv 2411.16681; Li et al., ImageFolder, arXiv 2410.01756.
+    Source: FQGAN, arXiv 2411.16681; ImageFolder, arXiv 2410.01756.
 
     Example:
         >>> quantizer = ProductQuantizer([VectorQuantizer(8, 64) for _ in range(2)], joined=False, disentangle_weight=0.1)

@@ -129,7 +129,7 @@ class IndexPropagationQuantizer(SoftQuantizer):
     Raises:
         ValueError, TypeError: an argument that does not fit, in a sentence.
 
-    Source: Shi et al., IBQ, arXiv 2412.02692, equations 3 to 6.
+    Source: IBQ, arXiv 2412.02692.
 
     Example:
         >>> quantizer = IndexPropagationQuantizer(8, 512)
@@ -184,7 +184,7 @@ class AttentionQuantizer(SoftQuantizer):
     Raises:
         ValueError, TypeError: an argument that does not fit, in a sentence.
 
-    Source: Liu et al., CODA, arXiv 2503.17760, section 3.2.
+    Source: CODA, arXiv 2503.17760.
 
     Example:
         >>> quantizer = AttentionQuantizer(8, 64, key_dim=16)

@@ -31,7 +31,7 @@ class SoftMultiScaleQuantizer(MultiScaleQuantizer):
     Raises:
         ValueError, TypeError: another quantizer, or scales that are none.
 
-    Source: Liu et al., CODA, arXiv 2503.17760, section 3.2.
+    Source: CODA, arXiv 2503.17760.
 
     Example:
         >>> quantizer = SoftMultiScaleQuantizer(AttentionQuantizer(8, 64), (1, 2, 4))
