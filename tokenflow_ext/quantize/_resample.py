@@ -3,12 +3,21 @@
 import torch
 from torch import Tensor
 
-from tokenflow_ext.reference.resample import _matrix
+from tokenflow_ext.quantize._exact import without_autocast
+from tokenflow_ext.reference import resample as twin
+
+WEIGHTS = {"area": twin.area_weights, "bicubic": twin.bicubic_weights}
 
 
 @torch.compiler.assume_constant_result
-def _constant(rule: str, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _matrix(rule, n_in, n_out, dtype, device)
+def _weights(rule: str, n_in: int, n_out: int) -> list[list[float]]:
+    return WEIGHTS[rule](n_in, n_out)
+
+
+def _matrix(rule: str, n_in: int, n_out: int, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # a graph holds numbers of its own, not tensors of a cache
+        return torch.tensor(_weights(rule, n_in, n_out), dtype=x.dtype, device=x.device)
+    return twin._matrix(rule, n_in, n_out, x.dtype, x.device)
 
 
 def resample(x: Tensor, size: tuple[int, int], rule: str) -> Tensor:
@@ -19,9 +28,9 @@ def resample(x: Tensor, size: tuple[int, int], rule: str) -> Tensor:
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    rows = _constant(rule, x.shape[2], size[0], x.dtype, x.device)
-    columns = _constant(rule, x.shape[3], size[1], x.dtype, x.device)
+    rows, columns = (_matrix(rule, n_in, n_out, x) for n_in, n_out in zip(x.shape[2:], size))
     finite = x.isfinite()
-    clean = rows @ torch.where(finite, x, 0.0) @ columns.T
-    touched = (rows != 0).to(x.dtype) @ finite.logical_not().to(x.dtype) @ (columns != 0).to(x.dtype).T > 0
+    with without_autocast(x):
+        clean = rows @ torch.where(finite, x, 0.0) @ columns.T
+        touched = (rows != 0).to(x.dtype) @ finite.logical_not().to(x.dtype) @ (columns != 0).to(x.dtype).T > 0
     return torch.where(touched, torch.nan, clean)

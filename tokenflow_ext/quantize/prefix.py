@@ -84,21 +84,22 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
             q.codebook.initialise(features.movedim(1, -1).reshape(-1, 1, q.dim), q.weights, q.backend)
         common = {**self._options(), "weights": q.weights, "loss_on": self.loss_on}
         with torch.no_grad():
-            (_, indices, _), rows = quantize_with_rows(
+            (whole, indices, _), rows = quantize_with_rows(
                 features, q.codebooks(), **common, commitment_weight=0.0, codebook_weight=0.0
             )
         active = depths[:, None] > torch.arange(len(self.scales), device=depths.device)
         kept = torch.where(self._by_cell(active), indices, -1)
         size = tuple(features.shape[2:])
-        quantized = straight_through(features, self.decode(kept, size=size))
-        loss = self._loss(features, indices, active, size)
+        finite = whole.isfinite()
+        decoded = torch.where(finite, self.decode(kept, size=size), torch.nan)
+        loss = self._loss(features, indices, active, finite)
         if self.training:
             if q.entropy_weight > 0:
                 pooled = ops.multiscale_rows(features, indices, q.codebooks(), **common)
                 parts = pooled.split(self._lengths(range(len(self.scales))), dim=1)
                 loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in parts])
             q.codebook.observe(rows.reshape(-1, 1, q.dim), indices.reshape(-1, 1), q.backend)
-        return Quantized(quantized, kept, loss)
+        return Quantized(straight_through(features, decoded), kept, loss)
 
     def _by_cell(self, active: Tensor) -> Tensor:
         """[B, S] as [B, L]."""
@@ -106,14 +107,14 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
             [active[:, s : s + 1].expand(-1, n) for s, n in enumerate(self._lengths(range(len(self.scales))))], 1
         )
 
-    def _loss(self, features: Tensor, indices: Tensor, active: Tensor, size: tuple[int, int]) -> Tensor:
-        q = self.quantizer
+    def _loss(self, features: Tensor, indices: Tensor, active: Tensor, finite: Tensor) -> Tensor:
+        q, size = self.quantizer, tuple(features.shape[2:])
         x = features.to(real(features, *self.codebooks()))
         f, loss = torch.zeros_like(x), x.new_zeros(())
         for s, ids in enumerate(indices.split(self._lengths(range(len(self.scales))), dim=1)):
             f = f + ops.multiscale_decode(ids, q.codebooks(), size=size, **self._options([s]))
-            counted = active[:, s, None, None, None] & f.isfinite() & x.isfinite()
-            weight = 1 / (x[0:1].numel() * active[:, s].sum().clamp_min(1)).to(x.dtype)
+            counted = active[:, s, None, None, None] & finite
+            weight = 1 / (ops._check.count(x.shape[1:]) * active[:, s].sum().clamp_min(1)).to(x.dtype)
             for term, a, b in ((q.codebook_weight, f, x.detach()), (q.commitment_weight, f.detach(), x)):
                 loss = loss + term * weight * torch.where(counted, a - b, 0.0).square().sum()
         return loss / len(self.scales)

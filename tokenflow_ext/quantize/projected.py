@@ -32,6 +32,10 @@ class ProjectedCodebook(Codebook):
             )
         return (codes,)
 
+    def freeze(self) -> None:
+        """The projection moves no more."""
+        self.projection.requires_grad_(False)
+
 
 class ProjectedQuantizer(Quantizer):
     """Codes F(T_k) of a frozen table T under a learned projection F, searched among ids lo .. hi - 1 only.
@@ -113,8 +117,3 @@ class ProjectedQuantizer(Quantizer):
     def codebooks(self) -> tuple[Tensor, ...]:
         """The projected codes of the window, [hi - lo, D]."""
         return super().codebooks()
-
-    def freeze(self) -> None:
-        """The projection moves no more; the commitment loss stays."""
-        super().freeze()
-        self.codebook.projection.requires_grad_(False)
