@@ -23,6 +23,7 @@ FLAT = {
     "residual": lambda **k: ResidualQuantizer(8, 40, 3, **k),
     "residual_shared": lambda **k: ResidualQuantizer(8, 40, 3, shared=True, **k),
     "product": lambda **k: ProductQuantizer([VectorQuantizer(4, 40, **k), VectorQuantizer(4, 30, **k)]),
+    "product_residual": lambda **k: ProductQuantizer([ResidualQuantizer(4, 40, 2, **k) for _ in range(2)]),
     "sign": lambda **k: SignQuantizer(8, **k),
     "spherical": lambda **k: SignQuantizer(8, spherical=True, **k),
     "rotation": lambda **k: VectorQuantizer(8, 40, groups=2, gradient="rotation", **k),

@@ -56,7 +56,7 @@ def test_decode_is_forward_bit_for_bit(kind):
 
 @pytest.mark.parametrize("kind", FLAT)
 def test_channel_dim(kind):
-    if kind == "product":
+    if kind.startswith("product"):
         pytest.skip("its branches have the keyword")
     last, second = build(kind).eval(), build(kind, channel_dim=1).eval()
     x = normal(2, 8, 3, 5, seed=2)

@@ -106,7 +106,7 @@ def test_residual_average_and_kmeans(shared):
         )
         assert_near(new, old, 1e-6)
     placed = build(shared, kmeans_init=True)
-    assert placed(x).loss < 0.5 * build(shared)(x).loss
+    assert placed(x).loss < (0.8 if shared else 0.5) * build(shared)(x).loss
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
@@ -11,6 +11,10 @@ from tokenflow_ext.quantize._compound import Compound
 from tokenflow_ext.quantize._quantizer import Quantizer
 from tokenflow_ext.quantize.multiscale import MultiScaleQuantizer
 from tokenflow_ext.quantize.prefix import PrefixMultiScaleQuantizer
+from tokenflow_ext.quantize.residual import ResidualQuantizer
+from tokenflow_ext.quantize.sign import SignQuantizer
+
+KINDS = (Quantizer, MultiScaleQuantizer, ResidualQuantizer, SignQuantizer)
 
 
 def disentangle_loss(quantized: Sequence[Tensor], *, weight: float = 1.0, channel_dim: int = -1) -> Tensor:
@@ -95,7 +99,7 @@ class ProductQuantizer(Compound):
     PrefixMultiScaleQuantizers over halves of the channels; they drop the same scales of the same samples.
 
     Args:
-        quantizers: P of one kind, with ids of one shape: VectorQuantizer, SharedIndexQuantizer, MultiScaleQuantizer, ...
+        quantizers: P of one kind, with ids of one shape: any module of this package but a product.
         joined: whether x is one tensor, the branches side by side on its channels, or a sequence of P tensors.
         disentangle_weight: of `disentangle_loss` of the outputs; wants two or more quantizers of one width.
 
@@ -112,15 +116,13 @@ class ProductQuantizer(Compound):
     """
 
     def __init__(
-        self, quantizers: Sequence[Quantizer | MultiScaleQuantizer], *, joined: bool = True, disentangle_weight: float = 0.0
+        self, quantizers: Sequence[nn.Module], *, joined: bool = True, disentangle_weight: float = 0.0
     ):  # fmt: skip
         name = "ProductQuantizer"
         if isinstance(quantizers, str) or not isinstance(quantizers, Sequence) or not 1 <= len(quantizers) <= 16:
             raise ValueError(f"{name}: quantizers: wanted 1 to 16 of them in a sequence, got {quantizers!r}")
         for p, quantizer in enumerate(quantizers):
-            if not isinstance(quantizer, (Quantizer, MultiScaleQuantizer)) or type(quantizer) is not type(
-                quantizers[0]
-            ):
+            if not isinstance(quantizer, KINDS) or type(quantizer) is not type(quantizers[0]):
                 raise ValueError(
                     f"{name}: quantizers[{p}]: wanted quantizers of one kind, got {type(quantizer).__name__}"
                 )
@@ -142,7 +144,7 @@ class ProductQuantizer(Compound):
             )
 
     @staticmethod
-    def _wrapped(quantizer) -> Quantizer:
+    def _wrapped(quantizer) -> nn.Module:
         return quantizer.quantizer if isinstance(quantizer, MultiScaleQuantizer) else quantizer
 
     @staticmethod

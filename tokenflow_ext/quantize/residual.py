@@ -55,6 +55,16 @@ class ResidualQuantizer(Compound):
         super().__init__(VectorQuantizer(dim, codebook_size, metric="l2", **options) for _ in range(made))
         self.depth, self.shared, self.quantizer_dropout = depth, bool(shared), quantizer_dropout
 
+    @property
+    def dim(self) -> int:
+        """Channels of the input."""
+        return self.quantizers[0].dim
+
+    @property
+    def channel_dim(self) -> int:
+        """Axis of the channels."""
+        return self.quantizers[0].channel_dim
+
     def _level(self, d: int) -> VectorQuantizer:
         return self.quantizers[0 if self.shared else d]
 

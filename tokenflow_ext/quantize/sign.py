@@ -51,8 +51,9 @@ def unpack_bits(indices: Tensor, width: int) -> Tensor:
 
 
 def bit_entropy(p: Tensor) -> Tensor:
-    """h(p) = -p log p - (1 - p) log(1 - p) in nats, 0 at 0 and 1."""
-    return torch.special.entr(p) + torch.special.entr(1 - p)
+    """h(p) = -p log p - (1 - p) log(1 - p) in nats, 0 at 0 and 1, where its gradient is large but finite."""
+    tiny = torch.finfo(p.dtype).tiny
+    return -p * (p + tiny).log() - (1 - p) * (1 - p + tiny).log()
 
 
 class SignQuantizer(nn.Module):
@@ -148,10 +149,13 @@ class SignQuantizer(nn.Module):
         return Quantized(quantized.movedim(-1, self.channel_dim).to(x.dtype), pack_bits(bits), loss)
 
     def _entropy(self, y: Tensor, good: Tensor) -> Tensor:
-        p = torch.sigmoid(y * (4 * self.size / self.entropy_temperature))
-        rows = max(ops._check.count(good.shape), 1)
-        p, weight = p.reshape(-1, self.dim), good.reshape(-1, 1) / rows
-        return (bit_entropy(p) * weight).sum() - bit_entropy((p * weight).sum(0)).sum()
+        logits = (y * (4 * self.size / self.entropy_temperature)).reshape(-1, self.dim)
+        rows, good = max(ops._check.count(good.shape), 1), good.reshape(-1, 1)
+        # h(sigmoid(a)) = log(1 + e^-|a|) + |a| sigmoid(-|a|): nothing cancels where a bit is sure.
+        sure = logits.abs()
+        entropies = torch.nn.functional.softplus(-sure) + sure * torch.sigmoid(-sure)
+        means = (torch.sigmoid(logits) * good).sum(0) / rows
+        return (entropies * good).sum() / rows - bit_entropy(means).sum()
 
     @torch.no_grad()
     def _count(self, bits: Tensor, good: Tensor) -> None:
