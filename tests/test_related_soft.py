@@ -7,6 +7,8 @@ import torch
 from harness import assert_gradients, assert_near, leaves, normal, python, same_bits
 
 from tokenflow_ext.quantize import AttentionQuantizer, IndexPropagationQuantizer, SoftMultiScaleQuantizer
+from tokenflow_ext.quantize._resample import resample
+from tokenflow_ext.reference.resample import resample as reference_resample
 
 
 def dense_step(z, queries, keys, values, scale, weights, entropy=None):
@@ -116,6 +118,38 @@ def test_prefixes_and_inputs():
         rows += following**2
     assert not quantizer.decode(out.indices[:, :0], size=(16, 17)).any()
     assert quantizer.inputs(out.indices[:, :0]).shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("rule, size", [("area", (3, 2)), ("bicubic", (9, 11)), ("area", (5, 7))])
+def test_resampling_is_the_twins(rule, size, value):
+    """Also where a value is not a number: NaN in the outputs that it has a weight in, no gradient."""
+    (x,), (y,) = leaves(normal(2, 3, 5, 7)), leaves(normal(2, 3, 5, 7))
+    if value is not None:
+        x.data[0, 1, 2, 3] = y.data[0, 1, 2, 3] = value
+    out, expected = resample(x, size, rule), reference_resample(y.movedim(1, -1), size, rule).movedim(-1, 1)
+    if size != (5, 7):  # the map itself, where the twin cleans
+        assert_near(out, expected, 1e-6)
+        out.nan_to_num().sin().sum().backward()
+        expected.nan_to_num().sin().sum().backward()
+        assert_near(x.grad, y.grad, 1e-6)
+    else:
+        assert out is x
+
+
+def test_a_pixel_that_is_not_finite_spoils_what_pools_it():
+    torch.manual_seed(1)
+    quantizer, x = SoftMultiScaleQuantizer(AttentionQuantizer(8, 300), (2, 4)), normal(2, 8, 4, 4)
+    x[1, 5, 0, 3] = float("inf")
+    out = quantizer(x)
+    coarse, _ = quantizer.split(out.indices)
+    assert out.quantized[0].isfinite().all() and coarse[1, 0, 1] == 0
+    assert torch.equal(
+        out.quantized[1].isnan(),
+        resample(torch.where(torch.arange(4) == 1, torch.nan, 0.0).view(1, 1, 2, 2), (4, 4), "bicubic")[0]
+        .isnan()
+        .expand(8, 4, 4),
+    )
 
 
 STEP = """
