@@ -54,6 +54,16 @@ def test_entropy_of_bits(spherical, temperature):
     assert whole(x).loss == 0, "in training only"
 
 
+def test_rows_left_out_of_the_entropy():
+    """They add nothing to either term, and the denominators stay."""
+    quantizer, x = SignQuantizer(5, entropy_weight=1.0, commitment_weight=0.0), normal(8, 5, dtype=torch.float64)
+    x[3, 1] = float("nan")
+    p = torch.sigmoid(4 * x[[0, 1, 2, 4, 5, 6, 7]])
+    means = p.sum(0) / 8
+    first, second = (-(q * q.log() + (1 - q) * (1 - q).log()).sum() for q in (p, means))
+    assert_near(quantizer(x).loss, first / 8 - second, 1e-12)
+
+
 @pytest.mark.parametrize("spherical", SPHERES)
 def test_gradient(spherical):
     """d quantized / dy = 1, through the sphere; saturated bits give finite gradients."""
