@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.ops._native import counted_by_the_caller, in_type, tell_counts
+from tokenflow_ext.ops._native import counted_by_the_caller, in_type, real, tell_counts
 from tokenflow_ext.ops.quantize import HITS, NOTHING, SUMS
 from tokenflow_ext.quantize import _ranks, _usage
 from tokenflow_ext.quantize._kmeans import kmeans, sample
@@ -73,6 +73,8 @@ class Codebook(nn.Module):
         non_finite: 0-dim int64, this rank's rows (of each group) with NaN or inf in training.
         collapse_threshold: perplexity over K below which a warning tells of a collapse; 0 turns it off.
     """
+
+    normalize_mean = False
 
     def __init__(self, owner, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
         super().__init__()
@@ -149,6 +151,11 @@ class Codebook(nn.Module):
         if self._placed is None:
             self._placed = not bool(self.needs_init)
         return not self._placed
+
+    @torch.no_grad()
+    def searched(self, rows: torch.Tensor, backend: str) -> torch.Tensor:
+        """Rows [..., C] (or [..., G, D]) as they are compared with the codes: unit per table for cosine."""
+        return self._unit(rows.to(real(rows, self.table_0)), backend)
 
     @torch.no_grad()
     def initialise(self, rows: torch.Tensor, weights, backend: str, mask=None, again=None) -> None:
@@ -310,7 +317,10 @@ class Codebook(nn.Module):
         counts, sums = torch.where(fits, counts, 0), torch.where(fits[..., None], sums, 0)
         if len(self.widths) == 1 and self.table_0.is_contiguous():
             state = (self.table_0.view_as(self.ema_sums), self.ema_counts, self.ema_sums, counts, sums)
-            ops.ema_update_(*state, decay=self.decay, metric=self.metric, backend=backend)
+            options = {"metric": self.metric, "normalize_mean": self.normalize_mean}
+            ops.ema_update_(*state, decay=self.decay, **options, backend=backend)
+            if self.normalize_mean:  # the average is of the code itself, which is unit again after every step
+                self.ema_sums.copy_(self.table_0.view_as(self.ema_sums))
             return
         joined = self.joined()
         state = (joined, self.ema_counts, self.ema_sums, counts, sums)

@@ -10,11 +10,18 @@ from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import BACKENDS
 from tokenflow_ext.ops.quantize import quantize_and_count, shared_quantize_and_count
 from tokenflow_ext.quantize._codebook import Codebook
+from tokenflow_ext.quantize._gradients import GRADIENTS, rotated
 from tokenflow_ext.quantize._masked import masked_quantize
 
 
 class Quantizer(nn.Module):
-    """What VectorQuantizer and SharedIndexQuantizer have in common; a subclass says how x falls into tables."""
+    """What VectorQuantizer and SharedIndexQuantizer have in common; a subclass says how x falls into tables.
+
+    Attributes:
+        gradient: how `quantized` passes its gradient on, "straight_through" unless a subclass says otherwise.
+    """
+
+    gradient = "straight_through"
 
     def __init__(
         self, widths, codebook_size, groups, weights, metric, update, commitment_weight, codebook_weight, entropy_weight,
@@ -39,6 +46,11 @@ class Quantizer(nn.Module):
         self.codebook = Codebook(
             name, widths, codebook_size, groups, metric, update, decay, kmeans_init, dead_code_threshold
         )
+
+    def _pass_gradient(self, gradient: str) -> None:
+        if gradient not in GRADIENTS:
+            raise ValueError(f"{type(self).__name__}: gradient: wanted one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        self.gradient = gradient
 
     @property
     def dim(self) -> int:
@@ -104,6 +116,8 @@ class Quantizer(nn.Module):
                 quantized, indices, loss, *statistics = self._quantize(rows)
             else:
                 (quantized, indices, loss), statistics = masked_quantize(self, rows, mask), []
+        if self.gradient == "rotation" and torch.is_grad_enabled():
+            quantized = rotated(quantized, self.codebook.searched(rows, self.backend), self.codebook.widths)
         if self.training:
             if self.entropy_weight > 0:
                 loss = self._with_entropy(loss, [grouped if mask is None else grouped[flat_mask]])

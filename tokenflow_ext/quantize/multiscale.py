@@ -43,18 +43,24 @@ class MultiScaleQuantizer(nn.Module):
         (torch.Size([2, 21]), [torch.Size([1, 1]), torch.Size([2, 2]), torch.Size([4, 4])])
     """
 
+    gradient = "straight_through"
+
     def __init__(
         self, quantizer: Quantizer, scales: Sequence[int | tuple[int, int]], *, phi=None, loss_on: str = "codes",
         normalize_codes: bool | None = None, scale_dropout: float = 0.0, scale_weights: Sequence[float] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.register_load_state_dict_post_hook(in_full_precision)
-        name = "MultiScaleQuantizer"
+        name = type(self).__name__
         wanted = f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got"
         if not isinstance(quantizer, Quantizer):
             raise TypeError(f"{wanted} {type(quantizer).__name__}")
         if quantizer.codebook.groups != 1:
             raise ValueError(f"{wanted} groups = {quantizer.codebook.groups}")
+        if quantizer.gradient != self.gradient:
+            raise ValueError(
+                f"{name}: quantizer: wanted one with the gradient {self.gradient!r}, got {quantizer.gradient!r}"
+            )
         self.scales = _multiscale_check.grids(name, scales)
         _multiscale_check.loss_on(name, loss_on, phi)
         _multiscale_check.unit_codes(name, quantizer.metric, normalize_codes)

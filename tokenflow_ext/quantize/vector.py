@@ -26,10 +26,14 @@ class VectorQuantizer(Quantizer):
         decay: of the moving averages.
         kmeans_init: the first training batch places the codes.
         dead_code_threshold: codes whose moving average of rows a batch falls below take a row of the batch.
+        normalize_mean: VQ-KD's rule, for cosine and update="ema": a code with rows becomes the unit vector of
+            decay code + (1 - decay) unit(mean of its unit rows), whatever their number; the others stay.
+        gradient: "straight_through", d quantized / dy = 1, or "rotation", d quantized / dy = (|q| / |y|) R with R the
+            rotation that takes y / |y| to q / |q|, all of it constant; forward values are the same bits.
         channel_dim: axis of the channels: -1, or 1 for [B, C, H, W].
         backend: "auto", "native" or "reference".
 
-    Source: 1711.00937; UniTok, 2502.20321.
+    Source: 1711.00937; UniTok, 2502.20321; normalize_mean 2411.04406; rotation 2410.06424.
 
     Example:
         >>> quantizer = VectorQuantizer(8, 512, channel_dim=1)
@@ -44,7 +48,8 @@ class VectorQuantizer(Quantizer):
         self, dim: int, codebook_size: int, *, groups: int = 1, metric: str = "cosine", update: str = "gradient",
         commitment_weight: float = 0.25, codebook_weight: float = 1.0, entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
-        dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
+        dead_code_threshold: float = 0, normalize_mean: bool = False, gradient: str = "straight_through",
+        channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
         if _check.positive("VectorQuantizer", "dim", dim) % _check.positive("VectorQuantizer", "groups", groups):
             raise ValueError(f"VectorQuantizer: dim: wanted a multiple of groups, got dim {dim} and groups {groups}")
@@ -52,6 +57,12 @@ class VectorQuantizer(Quantizer):
             [dim // groups], codebook_size, groups, None, metric, update, commitment_weight, codebook_weight, entropy_weight,
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
         )  # fmt: skip
+        self._pass_gradient(gradient)
+        if normalize_mean and (update != "ema" or metric != "cosine"):
+            raise ValueError(
+                f"VectorQuantizer: normalize_mean: wanted update='ema' and metric='cosine' with it, got {update!r} and {metric!r}"
+            )
+        self.codebook.normalize_mean = bool(normalize_mean)
 
 
 class SharedIndexQuantizer(Quantizer):
@@ -64,7 +75,7 @@ class SharedIndexQuantizer(Quantizer):
         codebook_size: K, common to the tables.
         weights: of the distances, 1 each by default; they choose the index and do not enter the loss.
 
-    The other keywords are those of `VectorQuantizer`.
+    The other keywords are those of `VectorQuantizer`; the rotation is table by table.
 
     Source: TokenFlow, arXiv 2412.03069, section 3.1.
 
@@ -78,7 +89,7 @@ class SharedIndexQuantizer(Quantizer):
         self, dims: Sequence[int], codebook_size: int, *, weights: Sequence[float] | None = None, metric: str = "cosine",
         update: str = "gradient", commitment_weight: float = 0.25, codebook_weight: float = 1.0, entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
-        dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
+        dead_code_threshold: float = 0, gradient: str = "straight_through", channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
         if not isinstance(dims, Sequence) or isinstance(dims, str):
             raise TypeError(f"SharedIndexQuantizer: dims: wanted a sequence of widths, got {type(dims).__name__}")
@@ -88,3 +99,4 @@ class SharedIndexQuantizer(Quantizer):
             dims, codebook_size, 1, weights, metric, update, commitment_weight, codebook_weight, entropy_weight,
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
         )  # fmt: skip
+        self._pass_gradient(gradient)
