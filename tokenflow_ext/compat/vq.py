@@ -33,7 +33,7 @@ class VectorQuantize(nn.Module):
     the gradient of the same mean. 0 in eval.
 
     State dict: the original's `_codebook.{initted, cluster_size, embed_avg, embed}`, `project_in.*`, `project_out.*`; in and
-    out, strictly.
+    out, strictly. Codes that no row of a batch chose keep their bits, where the original moves them by its eps.
 
     Args:
         dim: channels.
@@ -52,7 +52,7 @@ class VectorQuantize(nn.Module):
         accept_image_fmap: [B, C, H, W], ids [B, H, W].
         commitment_weight: of the loss.
         rotation_trick: None or False, the straight-through gradient (the original's None means True where it can).
-        learnable_codebook: the codes are a parameter.
+        learnable_codebook: the codes are a parameter; there are no moving averages then.
         ema_update: None or the opposite of learnable_codebook.
         backend: "auto", "native" or "reference".
         others: the original's other arguments, at their default values.
@@ -146,10 +146,12 @@ class VectorQuantize(nn.Module):
         """[..., inner] as the quantizer takes it: heads that share a codebook are rows of their own."""
         return x if self.separate_codebook_per_head or self.heads == 1 else x.unflatten(-1, (self.heads, -1))
 
-    def _restored(self, quantized: Tensor) -> Tensor:
-        """The quantizer's output, projected, channels where the input has them."""
-        joined = quantized if self.separate_codebook_per_head or self.heads == 1 else quantized.flatten(-2)
-        out = self.project_out(joined)
+    def _joined(self, quantized: Tensor) -> Tensor:
+        """The quantizer's output with heads side by side again."""
+        return quantized if self.separate_codebook_per_head or self.heads == 1 else quantized.flatten(-2)
+
+    def _placed(self, out: Tensor) -> Tensor:
+        """[..., C] with channels where the input has them."""
         return out.movedim(-1, 1) if self.accept_image_fmap or not self.channel_last else out
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,16 +170,15 @@ class VectorQuantize(nn.Module):
         elif self.quantizer.codebook_weight > 0:
             # One mean pulls both sides here, ours counts it once for either.
             loss = loss - 0.5 * loss.detach()
-        return self._restored(quantized), indices, loss
+        return self._placed(self.project_out(self._joined(quantized))), indices, loss
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Codes [..., heads D] of ids [...] (with a trailing [heads] where there are several), before the projection."""
-        codes = self.quantizer.decode(indices)
-        return codes if self.separate_codebook_per_head or self.heads == 1 else codes.flatten(-2)
+        """Codes of ids as `forward` returns them, before the projection: heads D channels where the input has its own."""
+        return self._placed(self._joined(self.quantizer.decode(indices)))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` returned for these ids."""
-        return self._restored(self.quantizer.decode(indices))
+        return self._placed(self.project_out(self._joined(self.quantizer.decode(indices))))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, commitment_weight={self.commitment_weight}"
