@@ -2,15 +2,14 @@
 
 import logging
 import re
+import sys
 from collections.abc import Callable
 
 from torch import nn
 
-from tokenflow_ext.compat._shared import FullPrecision
 from tokenflow_ext.compat.tokenflow import VectorQuantizer
 from tokenflow_ext.compat.unitok import VectorQuantizerM
-from tokenflow_ext.compat.var import Phi, VectorQuantizer2
-from tokenflow_ext.compat.vq import VectorQuantize
+from tokenflow_ext.compat.var import VectorQuantizer2
 
 LOOKS = re.compile(r"quantiz|codebook|^vq|vq$", re.IGNORECASE)
 """Names of classes that may quantize vectors."""
@@ -82,7 +81,12 @@ def _var(old: nn.Module, options: dict) -> nn.Module | None:
 
 
 KINDS = (_tokenflow, _unitok, _var)
-OURS = (FullPrecision, VectorQuantize, Phi)
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether a module of tokenflow_ext defines the class."""
+    package = kind.__module__.split(".")[0] == "tokenflow_ext"
+    return package and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind
 
 
 def _made_of(old: nn.Module, options: dict) -> nn.Module | None:
@@ -137,15 +141,16 @@ def convert(
         TypeError: `model` is no nn.Module.
 
     Example:
-        >>> class Autoencoder(nn.Module):
-        ...     def __init__(self, quantize):
+        >>> from tokenflow_ext.compat.unitok import SubCodebook
+        >>> class VectorQuantizerM(nn.Module):  # stands for UniTok's own
+        ...     def __init__(self):
         ...         super().__init__()
-        ...         self.quantize = quantize
-        >>> from tokenflow_ext.compat.var import VectorQuantizer2 as Ours
-        >>> class VectorQuantizer2(Ours):  # stands for the original
-        ...     pass
-        >>> model = convert(Autoencoder(VectorQuantizer2(16, 4, False, v_patch_nums=(1, 2))), say=print)
-        quantize: VectorQuantizer2 is now tokenflow_ext.compat.var.VectorQuantizer2
+        ...         self.beta, self.use_entropy_loss, self.entropy_temp = 0.25, False, 0.01
+        ...         self.codebooks = nn.ModuleList(SubCodebook(16, 4, "auto") for _ in range(2))
+        >>> model = convert(nn.Sequential(nn.Linear(8, 8), VectorQuantizerM()), say=print)
+        1: VectorQuantizerM is now tokenflow_ext.compat.unitok.VectorQuantizerM
+        >>> model[1].f_to_idx(torch.randn(1, 9, 8)).shape
+        torch.Size([1, 2, 9])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model: wanted an nn.Module, got {type(model).__name__}")
@@ -158,7 +163,7 @@ def convert(
             return done[old]
         done[old] = old
         where, name = path or "the model", type(old).__name__
-        if type(old).__module__.startswith("tokenflow_ext."):
+        if _is_ours(type(old)):
             return old
         try:
             new = _made_of(old, {"quirks": quirks, "backend": backend})
