@@ -210,6 +210,8 @@ def test_bad_input():
     quantizer = VectorQuantize(**good)
     assert_sentence(ValueError, "VectorQuantize", "x", quantizer, torch.zeros(2, 3, 5))
     assert_sentence(TypeError, "VectorQuantize", "x", quantizer, torch.zeros(2, 3, 6, dtype=torch.int64))
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    assert_sentence(ValueError, "VectorQuantize", "mask", lambda: quantizer(torch.zeros(2, 3, 6), mask=mask))
     images = VectorQuantize(**good, accept_image_fmap=True)
     assert_sentence(ValueError, "VectorQuantize", "x", images, torch.zeros(2, 3, 6))
     VectorQuantize(**good, sync_codebook=None, orthogonal_reg_weight=0, route_gradients_to_input=True)

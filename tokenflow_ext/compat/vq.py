@@ -154,8 +154,8 @@ class VectorQuantize(nn.Module):
         """[..., C] with channels where the input has them."""
         return out.movedim(-1, 1) if self.accept_image_fmap or not self.channel_last else out
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes x [B, N, C] (or as channel_last, accept_image_fmap say).
+    def forward(self, x: Tensor, **others) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantizes x [B, N, C] (or as channel_last, accept_image_fmap say). Of the original's other arguments none works.
 
         Returns:
             quantized like x; ids [B, N] (or [B, H, W]), with a trailing [heads] where there are several; commit_loss, 0-dim.
@@ -163,6 +163,9 @@ class VectorQuantize(nn.Module):
         Raises:
             ValueError, TypeError: wrong shape or type.
         """
+        for key, value in others.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{NAME}: {key}: wanted None, it is not supported, got {type(value).__name__}")
         rows = self._heads(self.project_in(self._channels_last(x)))
         quantized, indices, loss = self.quantizer(rows)
         if not self.training:
