@@ -20,6 +20,11 @@ TEMPERATURE, EPS = 0.01, 1e-5
 """Of the entropy loss."""
 
 
+def _mean_over_scales(values: Tensor, cells: Sequence[int]) -> Tensor:
+    """The plain mean over scales of the mean of [B, L] over each scale's rows; 0 for an empty batch."""
+    return sum(part.sum() / max(part.numel(), 1) for part in values.split(cells, dim=1)) / len(cells)
+
+
 class VectorQuantizer(FullPrecision):
     """One index over a semantic and a pixel codebook: argmin_k |zs - es_k|^2 + |zp - ep_k|^2, halves unit apart.
 
@@ -109,39 +114,42 @@ class VectorQuantizer(FullPrecision):
         parts = z.movedim(1, -1).split(self.split, dim=-1)
         options = {"metric": self.metric, "commitment_weight": self.beta, "codebook_weight": 0.0}
         quantized, indices, commit = ops.shared_quantize(parts, tables, **options, backend=self.backend)
-        ids = indices.reshape(-1)
-        rows = z.movedim(1, -1).reshape(ids.numel(), z.shape[1])
-        losses = self._losses(commit, [rows.detach()], [ids], [rows])
-        return torch.cat(quantized, dim=-1).movedim(-1, 1), losses, (self._perplexity(ids), None, ids)
+        ids = indices.reshape(1, indices.numel())
+        rows = z.movedim(1, -1).reshape(1, indices.numel(), z.shape[1])
+        losses = self._losses(commit, rows, ids, [indices.numel()], rows)
+        return torch.cat(quantized, dim=-1).movedim(-1, 1), losses, (self._perplexity(ids), None, ids[0])
 
     def _has_channels(self, name: str, z: Tensor) -> None:
         if z.shape[1] != sum(self.split):
             raise ValueError(f"{name}: z: wanted {sum(self.split)} channels, as many as the tables, got {z.shape[1]}")
 
-    def _losses(self, commit: Tensor, rows: Sequence[Tensor], ids: Sequence[Tensor], with_gradient) -> tuple:
-        """The tuple of losses, means over the scales of rows [N, C], ids [N] and `with_gradient`, rows for the entropy."""
-        usage = self._usage(ids, rows)
+    def _losses(self, commit: Tensor, rows: Tensor, ids: Tensor, cells: Sequence[int], with_gradient: Tensor) -> tuple:
+        """The tuple of losses of rows [B, L, C] and ids [B, L] that fall into scales of `cells`; `with_gradient` are the
+        rows for the entropy."""
+        usage = self._usage(ids, rows, cells)
         if not self.training:
             return None, None, None, usage, None, None
+        rows = rows.detach()
         with torch.autocast(commit.device.type, enabled=False):
-            vq = sum(self._codebook_loss(r, i) for r, i in zip(rows, ids)) / len(ids)
             entropy = commit.new_zeros(())
             if self.entropy_loss_ratio > 0:
-                entropy = sum(self._entropy(r) for r in with_gradient) * (self.entropy_loss_ratio / len(ids))
-            return vq, commit, entropy, usage, *self._distance_square_sums(rows)
+                parts = with_gradient.split(cells, dim=1)
+                entropy = sum(self._entropy(part) for part in parts) * (self.entropy_loss_ratio / len(cells))
+            vq = self._codebook_loss(rows, ids, cells)
+            return vq, commit, entropy, usage, *self._distance_square_sums(rows, cells)
 
     def _searched(self, parts: Sequence[Tensor]) -> list[Tensor]:
         if not self.l2_norm:
             return list(parts)
         return [ops.normalize_rows(p, backend=self.backend) for p in parts]
 
-    def _codebook_loss(self, rows: Tensor, ids: Tensor) -> Tensor:
+    def _codebook_loss(self, rows: Tensor, ids: Tensor, cells: Sequence[int]) -> Tensor:
         """mean((q - sg u)^2): a gather and its scatter-add, because the search's own loss cannot tell its two terms apart."""
         wide = ops._native.real(rows, *self.codebooks())
         u = torch.cat(self._searched(rows.to(wide).split(self.split, dim=-1)), dim=-1)
         q = torch.cat(self._searched(ops.shared_lookup(ids, self.codebooks(), backend=self.backend)), dim=-1)
         error = torch.where(rows.isfinite().all(-1, keepdim=True), q - u, 0.0)
-        return error.square().sum() / max(error.numel(), 1)
+        return _mean_over_scales(error.square().sum(-1), cells) / rows.shape[-1]
 
     def _entropy(self, rows: Tensor) -> Tensor:
         first, second = ops.entropy_loss(
@@ -151,34 +159,28 @@ class VectorQuantizer(FullPrecision):
         return first - second
 
     @torch.no_grad()
-    def _distance_square_sums(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """mean_n sum_k d_nk^2 of either table, mean over scales, from the codes' D x D Gram matrix in place of N x K."""
-        wide, sums = ops._native.real(rows[0], *self.codebooks()), []
-        for t, table in enumerate(self._searched([t.to(wide) for t in self.codebooks()])):
-            square = table.square().sum(-1)
-            total, gram, by_square = table.sum(0), table.T @ table, square @ table
-            means = []
-            for part in rows:
-                (y,) = self._searched([part.split(self.split, dim=-1)[t].to(wide)])
-                a = y.square().sum(-1)
-                distances = len(table) * a.square() + 2 * a * square.sum() + square.square().sum()
-                distances += -4 * a * (y @ total) - 4 * (y @ by_square) + 4 * ((y @ gram) * y).sum(-1)
-                good = part.isfinite().all(-1)
-                means.append(torch.where(good, distances, 0.0).sum() / max(len(part), 1))
-            sums.append(sum(means) / len(means))
+    def _distance_square_sums(self, rows: Tensor, cells: Sequence[int]) -> list[Tensor]:
+        """mean_n sum_k d_nk^2 of either table from its D x D Gram matrix, in place of N x K."""
+        wide, sums = ops._native.real(rows, *self.codebooks()), []
+        good = rows.isfinite().all(-1)
+        parts = self._searched(rows.to(wide).split(self.split, dim=-1))
+        for y, table in zip(parts, self._searched([t.to(wide) for t in self.codebooks()])):
+            # d = a + b_k - 2 y.e_k with a = |y|^2, b_k = |e_k|^2, squared and summed over k.
+            a, b = y.square().sum(-1), table.square().sum(-1)
+            d = len(table) * a.square() + 2 * a * b.sum() + b.square().sum()
+            d = d - 4 * a * (y @ table.sum(0)) - 4 * (y @ (b @ table)) + 4 * ((y @ (table.T @ table)) * y).sum(-1)
+            sums.append(_mean_over_scales(torch.where(good, d, 0.0), cells))
         return sums
 
     @torch.no_grad()
-    def _usage(self, ids: Sequence[Tensor], rows: Sequence[Tensor]):
-        """Share of codes in the window after it took these ids, scale by scale; mean over scales with quirks."""
+    def _usage(self, ids: Tensor, rows: Tensor, cells: Sequence[int]):
+        """Share of codes in the window after it took these ids; with quirks the mean over scales that come one by one."""
         moves = self.training and self.show_usage and not _recomputing()
         if self.quirks:
-            if not moves:
-                return 0.0
-            return sum(self._window_share(part) for part in ids) / len(ids)
+            parts = ids.split(cells, dim=1) if moves else ()
+            return sum(self._window_share(part.reshape(-1)) for part in parts) / len(cells)
         if moves:
-            for part, chose in zip(ids, rows):
-                self._push(torch.where(chose.isfinite().all(-1), part, -1)[-WINDOW:])
+            self._push(torch.where(rows.isfinite().all(-1), ids, -1).reshape(-1)[-WINDOW:])
         window = self.codebook_used.to(torch.int64)
         hit = torch.zeros(self.n_e + 1, dtype=torch.int64, device=window.device)
         hit[window.clamp(-1, self.n_e - 1) + 1] = 1
@@ -195,8 +197,7 @@ class VectorQuantizer(FullPrecision):
         return len(self.codebook_used.clamp_min(0).unique()) / self.n_e
 
     def _push(self, ids: Tensor) -> None:
-        if ids.numel():
-            self.codebook_used.copy_(torch.cat([self.codebook_used[ids.numel() :], ids.to(self.codebook_used.dtype)]))
+        self.codebook_used.copy_(torch.cat([self.codebook_used[ids.numel() :], ids.to(self.codebook_used.dtype)]))
 
     @torch.no_grad()
     def _perplexity(self, ids: Tensor) -> Tensor:
@@ -269,19 +270,11 @@ class MultiScaleVectorQuantizer(VectorQuantizer):
         common |= {"commitment_weight": self.beta, "codebook_weight": 0.0, "loss_on": "codes", "backend": self.backend}
         tables = [t.detach() for t in self.codebooks()]
         (f_hat, indices, commit), rows = quantize_with_rows(z, tables, **common, with_rows=self.training)
-        cells = [h * w for h, w in scales]
-        ids = [part.reshape(-1) for part in indices.split(cells, dim=1)]
-        flat = with_gradient = []
-        if self.training:
-            flat = self._by_scale(rows.detach(), cells)
-            if self.entropy_loss_ratio > 0:
-                followed = ops.multiscale_rows(z, indices, tables, **common)
-                with_gradient = self._by_scale(followed, cells)
-        losses = self._losses(commit, flat, ids, with_gradient)
+        followed = rows
+        if self.training and self.entropy_loss_ratio > 0:
+            followed = ops.multiscale_rows(z, indices, tables, **common)
+        losses = self._losses(commit, rows, indices, [h * w for h, w in scales], followed)
         return f_hat, losses, (self._perplexity(indices), None, indices)
-
-    def _by_scale(self, rows: Tensor, cells: Sequence[int]) -> list[Tensor]:
-        return [part.reshape(part.shape[0] * part.shape[1], part.shape[2]) for part in rows.split(cells, dim=1)]
 
     def _used(self) -> list[tuple[int, int]]:
         """The scales of this batch."""
