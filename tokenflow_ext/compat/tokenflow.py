@@ -84,7 +84,7 @@ class VectorQuantizer(FullPrecision):
         for table in (self.embedding_vqkd, self.embedding_vqgan):
             nn.init.uniform_(table.weight, -1 / n_e, 1 / n_e)
             if l2_norm:
-                table.weight.data.copy_(ops.normalize_rows(table.weight.detach(), backend="reference"))
+                table.weight.data = ops.normalize_rows(table.weight.detach(), backend="reference")
         self.register_buffer("codebook_used", torch.full((WINDOW,), 0.0 if quirks else -1.0))
 
     @property
@@ -180,13 +180,13 @@ class VectorQuantizer(FullPrecision):
             parts = ids.split(cells, dim=1) if moves else ()
             return sum(self._window_share(part.reshape(-1)) for part in parts) / len(cells)
         if moves:
-            self._push(torch.where(rows.isfinite().all(-1), ids, -1).reshape(-1)[-WINDOW:])
+            self._push(torch.where(rows.isfinite().all(-1), ids, -1).reshape(-1))
         window = self.codebook_used.to(torch.int64)
         hit = torch.zeros(self.n_e + 1, dtype=torch.int64, device=window.device)
-        hit[window.clamp(-1, self.n_e - 1) + 1] = 1
+        hit.scatter_(0, window.clamp(-1, self.n_e - 1) + 1, 1)
         if moves:
             _all_reduce(hit)
-        return (hit[1:] > 0).float().mean()
+        return (hit.narrow(0, 1, self.n_e) > 0).float().mean()
 
     def _window_share(self, ids: Tensor) -> float:
         if ids.numel() > WINDOW:
@@ -197,7 +197,8 @@ class VectorQuantizer(FullPrecision):
         return len(self.codebook_used.clamp_min(0).unique()) / self.n_e
 
     def _push(self, ids: Tensor) -> None:
-        self.codebook_used.copy_(torch.cat([self.codebook_used[ids.numel() :], ids.to(self.codebook_used.dtype)]))
+        both = torch.cat([self.codebook_used, ids.to(self.codebook_used.dtype)])
+        self.codebook_used.copy_(both.narrow(0, ids.numel(), WINDOW))
 
     @torch.no_grad()
     def _perplexity(self, ids: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ class Phi(FullPrecision, nn.Conv2d):
 
     def forward(self, h: Tensor) -> Tensor:
         """phi of maps [B, C, H, W]."""
-        return _raise(h, h.shape[2:], (self.weight[None], self.bias[None], self.resi_ratio, [0]), self.backend)
+        return _raise(
+            h, h.shape[2:], (self.weight.unsqueeze(0), self.bias.unsqueeze(0), self.resi_ratio, [0]), self.backend
+        )
 
 
 class PhiShared(nn.Module):
@@ -244,16 +246,16 @@ class VectorQuantizer2(FullPrecision):
         """Moves `ema_vocab_hit_SV` by the ids [B, L] of rows [B, L, C]."""
         if _recomputing() or (self.quirks and not distributed()):
             return
-        number = torch.arange(len(scales), device=indices.device)
-        cells = torch.tensor([h * w for h, w in scales], device=indices.device)
-        scale = number.repeat_interleave(cells, output_size=indices.shape[1])
-        places = (indices + scale * self.vocab_size).reshape(-1, 1)
-        hits = count(places, rows.flatten(0, 1)[:, None], len(scales) * self.vocab_size, ranks=True)
+        first = [torch.full((h * w,), s * self.vocab_size, device=indices.device) for s, (h, w) in enumerate(scales)]
+        places = (indices + torch.cat(first)).reshape(-1, 1)
+        hits = count(places, rows.flatten(0, 1).unsqueeze(1), len(scales) * self.vocab_size, ranks=True)
         hits = hits.view_as(self.ema_vocab_hit_SV).to(self.ema_vocab_hit_SV.dtype)
-        rate = rates(self.record_hit + (number if self.quirks else 0 * number))
+        steps = self.record_hit.expand(len(scales))
+        if self.quirks:
+            steps = steps + torch.arange(len(scales), device=indices.device)
         # A batch without rows leaves everything as it is.
         some = hits.any()
-        self.ema_vocab_hit_SV.lerp_(hits, torch.where(some, rate, 0.0)[:, None].to(hits.dtype))
+        self.ema_vocab_hit_SV.lerp_(hits, torch.where(some, rates(steps), 0.0).unsqueeze(1).to(hits.dtype))
         self.record_hit += some * (len(scales) if self.quirks else 1)
 
     def _usages(self, rows: int) -> list[float]:
@@ -310,7 +312,11 @@ class VectorQuantizer2(FullPrecision):
         """phi of the ops for scale s of that many, alone."""
         phis = self.phis()
         phi = phis[assignment(len(phis), scales)[s]]
-        return (phi.weight[None], phi.bias[None], self.quant_resi_ratio, [0]) if isinstance(phi, Phi) else None
+        return (
+            (phi.weight.unsqueeze(0), phi.bias.unsqueeze(0), self.quant_resi_ratio, [0])
+            if isinstance(phi, Phi)
+            else None
+        )
 
     def embed_to_fhat(
         self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool = True, last_one: bool = False
