@@ -203,6 +203,7 @@ LEFT = {
     "of no kind": (ResidualVQ, "of no kind that convert knows"),
     "TokenFlow with EMA": (lambda: tokenflow_original(kmeans=True), "moving averages"),
     "without its weight": (lambda: altered(var_original(), lambda m: delattr(m, "beta")), "has no beta"),
+    "with an option that is none": (lambda: altered(var_original(), lambda m: setattr(m, "beta", -1.0)), "beta: wanted"),
     "with another tensor": (
         lambda: altered(unitok_original(), lambda m: m.register_buffer("extra", torch.zeros(1))), "differs in extra"),
     "of another shape": (

@@ -43,7 +43,8 @@ class VectorQuantizer(FullPrecision):
         split: (D_0, D_1), semantic and pixel width.
         kmeans: False; True never worked in the original.
         quirks: `usage` as the original has it: a float, distinct values of this rank's window of zeros (code 0 counts before
-            it was hit), 0 in eval. By default the window starts empty, ranks are joined and `usage` is a 0-dim tensor.
+            it was hit), 0 in eval. By default the window starts empty (one that is loaded goes on as it is), ranks are joined
+            and `usage` is a 0-dim tensor.
         backend: "auto", "native" or "reference".
 
     Raises:
@@ -147,7 +148,8 @@ class VectorQuantizer(FullPrecision):
         """mean((q - sg u)^2): a gather and its scatter-add, because the search's own loss cannot tell its two terms apart."""
         wide = ops._native.real(rows, *self.codebooks())
         u = torch.cat(self._searched(rows.to(wide).split(self.split, dim=-1)), dim=-1)
-        q = torch.cat(self._searched(ops.shared_lookup(ids, self.codebooks(), backend=self.backend)), dim=-1)
+        codes = ops.shared_lookup(ids, self.codebooks(), backend=self.backend)
+        q = torch.cat(self._searched([c.to(wide) for c in codes]), dim=-1)
         error = torch.where(rows.isfinite().all(-1, keepdim=True), q - u, 0.0)
         return _mean_over_scales(error.square().sum(-1), cells) / rows.shape[-1]
 

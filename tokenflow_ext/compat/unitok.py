@@ -88,7 +88,7 @@ class VectorQuantizerM(FullPrecision):
 
     def resume(self) -> None:
         """A usage that was loaded is past its warm-up; the original, and quirks, start its count of steps anew."""
-        if not self.quirks:
+        if not self.quirks and not self.steps.is_meta:
             known = any(bool(part.vocab_usage.any()) for part in self.codebooks)
             self.steps.fill_(WARM if known else 0)
 

@@ -275,7 +275,7 @@ class VectorQuantizer2(FullPrecision):
 
     def resume(self) -> None:
         """A counter that was loaded is past its warm-up; the original, and quirks, start its count of steps anew."""
-        if not self.quirks:
+        if not self.quirks and not self.record_hit.is_meta:
             self.record_hit.fill_(WARM if bool(self.ema_vocab_hit_SV.any()) else 0)
 
     def f_to_idxBl_or_fhat(

@@ -125,7 +125,8 @@ def convert(
 
     They are recognised by class name, attributes and state dict; their code is not imported. The new modules hold the very
     parameters and buffers of the old ones (an optimizer goes on), their device and training mode. Quantizers that a module
-    keeps in a list, tuple or dict of its own are found too. What looks like a quantizer and is not known stays.
+    keeps in a list, tuple or dict of its own are found too. What looks like a quantizer and is not known stays. Hooks on a
+    replaced module are not taken along; convert before DistributedDataParallel or torch.compile wrap the model.
 
     Args:
         model: any module, or a quantizer itself.
@@ -168,7 +169,7 @@ def convert(
         try:
             new = _made_of(old, {"quirks": quirks, "backend": backend})
             why = "it is of no kind that convert knows"
-        except _Unknown as unknown:
+        except (_Unknown, AttributeError, TypeError, ValueError) as unknown:
             new, why = None, str(unknown)
         if new is not None:
             done[old] = done[new] = new
