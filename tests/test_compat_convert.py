@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from golden_values import FOLDER
-from harness import normal, same_bits
+from harness import assert_sentence, normal, same_bits
 from torch import nn
 
 from tokenflow_ext import compat
@@ -190,6 +190,14 @@ def test_an_optimizer_goes_on():
     assert not torch.equal(before, model.quantize.embedding.weight)
 
 
+def test_tied_codebooks_stay_tied():
+    old = unitok_original()
+    old.codebooks[1].codebook.weight = old.codebooks[0].codebook.weight
+    new = convert(old, say=print)
+    assert new.codebooks[0].codebook.weight is new.codebooks[1].codebook.weight
+    assert len(list(new.parameters())) == 1
+
+
 class ResidualVQ(nn.Module):
     pass
 
@@ -235,3 +243,5 @@ def test_ours_and_plain_modules_are_not_mentioned(caplog):
 def test_bad_input():
     with pytest.raises(TypeError, match="convert: model: wanted an nn.Module, got dict"):
         convert({})
+    assert_sentence(ValueError, "convert", "backend", lambda: convert(nn.Identity(), backend="fast"))
+    assert_sentence(TypeError, "convert", "quirks", lambda: convert(nn.Identity(), quirks=1))

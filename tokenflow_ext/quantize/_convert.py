@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from tokenflow_ext.compat._shared import flag, known_backend
 from tokenflow_ext.compat.tokenflow import VectorQuantizer
 from tokenflow_ext.compat.unitok import VectorQuantizerM
 from tokenflow_ext.compat.var import VectorQuantizer2
@@ -89,12 +90,18 @@ def _is_ours(kind: type) -> bool:
     return package and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind
 
 
+def _tensors(module: nn.Module) -> dict:
+    """Parameters and buffers by name, those that share one tensor too."""
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return {name: tensor for pairs in named for name, tensor in pairs}
+
+
 def _made_of(old: nn.Module, options: dict) -> nn.Module | None:
     """Ours in place of `old`, with its very parameters and buffers; None where it is no original."""
     new = next((made for made in (kind(old, options) for kind in KINDS) if made is not None), None)
     if new is None:
         return None
-    theirs, ours = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (old, new))
+    theirs, ours = (_tensors(m) for m in (old, new))
     wanted = new.state_dict().keys()
     if old.state_dict().keys() != wanted:
         raise _Unknown(f"its state dict differs in {', '.join(sorted(old.state_dict().keys() ^ wanted))}")
@@ -139,7 +146,7 @@ def convert(
         The model, or what replaced it where it is a quantizer itself.
 
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError, ValueError: `model` is no nn.Module, quirks or backend are none.
 
     Example:
         >>> from tokenflow_ext.compat.unitok import SubCodebook
@@ -155,6 +162,7 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model: wanted an nn.Module, got {type(model).__name__}")
+    options = {"quirks": flag("convert", "quirks", quirks), "backend": known_backend("convert", backend)}
     log = logging.getLogger("tokenflow_ext")
     done: dict[nn.Module, nn.Module] = {}
 
@@ -167,7 +175,7 @@ def convert(
         if _is_ours(type(old)):
             return old
         try:
-            new = _made_of(old, {"quirks": quirks, "backend": backend})
+            new = _made_of(old, options)
             why = "it is of no kind that convert knows"
         except (_Unknown, AttributeError, TypeError, ValueError) as unknown:
             new, why = None, str(unknown)
