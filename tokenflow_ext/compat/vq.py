@@ -169,7 +169,7 @@ class VectorQuantize(nn.Module):
         rows = self._heads(self.project_in(self._channels_last(x)))
         quantized, indices, loss = self.quantizer(rows)
         if not self.training:
-            loss = loss.detach() * 0
+            loss = torch.zeros_like(loss)
         elif self.quantizer.codebook_weight > 0:
             # One mean pulls both sides here, ours counts it once for either.
             loss = loss - 0.5 * loss.detach()
