@@ -13,6 +13,8 @@ from tokenflow_ext.quantize.soft import AttentionQuantizer, IndexPropagationQuan
 from tokenflow_ext.quantize.soft_multiscale import SoftMultiScaleQuantizer
 from tokenflow_ext.quantize.vector import SharedIndexQuantizer, VectorQuantizer
 
+from tokenflow_ext.quantize._convert import convert  # isort: skip (it needs the modules above)
+
 __all__ = [
     "AttentionQuantizer",
     "IndexPropagationQuantizer",
@@ -26,6 +28,7 @@ __all__ = [
     "SignQuantizer",
     "SoftMultiScaleQuantizer",
     "VectorQuantizer",
+    "convert",
     "disentangle_loss",
     "fold",
     "pack_bits",
