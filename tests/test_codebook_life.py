@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenflow_ext import ops
 from tokenflow_ext.ops import _native
-from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer, VectorQuantizer
+from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer, VectorQuantizer, _codebook, _kmeans
 from tokenflow_ext.quantize._codebook import Codebook
 
 NAN, INF = float("nan"), float("inf")
@@ -94,8 +94,6 @@ def test_kmeans_with_fewer_rows_than_codes_duplicates_and_nan(kind):
 
 
 def test_kmeans_looks_at_a_bounded_sample(monkeypatch):
-    from tokenflow_ext.quantize import _codebook, _kmeans
-
     seen, placed = [], _codebook.kmeans
     monkeypatch.setattr(_kmeans, "SAMPLE", 100)
     monkeypatch.setattr(_codebook, "kmeans", lambda rows, *rest: seen.append(rows) or placed(rows, *rest))
@@ -127,13 +125,15 @@ def test_kmeans_in_compiled_training_after_one_step():
     assert compiled(lambda x: quantizer(x).loss)(normal(60, 12)).isfinite()
 
 
-def test_multiscale_kmeans_knows_the_residuals():
-    """k-means on the loop's own rows leaves less to do than codes from the map alone."""
+def test_multiscale_kmeans_knows_the_residuals(monkeypatch):
+    """The pixels of the map place codes for the loop, whose rows on all scales then place them anew."""
+    seen, place = [], _codebook.kmeans
+    monkeypatch.setattr(_codebook, "kmeans", lambda rows, *rest: seen.append(len(rows)) or place(rows, *rest))
     x = normal(64, 12, 4, 4, seed=1)
     random, placed = scales(update="none"), scales(update="none", kmeans_init=True)
     random(x), placed(x)
     assert placed.usage() > 0.95 and placed(x).loss < 0.9 * random(x).loss
-    assert placed.perplexity() > random.perplexity()
+    assert placed.perplexity() > random.perplexity() and seen == [64 * 16, 64 * 21]
 
 
 # Revival

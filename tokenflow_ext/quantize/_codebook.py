@@ -268,10 +268,12 @@ class Codebook(nn.Module):
 
     def _watch(self, bad: torch.Tensor) -> None:
         """Adds up the rows that are not finite; on the CPU, where looking costs no wait, warns of them and of a collapse."""
-        self.non_finite += bad
         if torch.compiler.is_compiling() or self.hits.device.type != "cpu":
+            self.non_finite += bad
             return
-        self._tell_non_finite(bad)
+        if int(bad):
+            self.non_finite += bad
+            self._tell_non_finite(bad)
         self._looked += 1
         if self._looked % _usage.EVERY == 0:
             self._tell_collapse(self.hits)
@@ -313,8 +315,10 @@ class Codebook(nn.Module):
 
     def _follow(self, counts: torch.Tensor, sums: torch.Tensor, backend: str) -> None:
         """The step of the moving averages; codes without rows, or with sums past float's range, keep their bits."""
-        fits = sums.isfinite().all(-1)
-        counts, sums = torch.where(fits, counts, 0), torch.where(fits[..., None], sums, 0)
+        fits = sums.isfinite()
+        if torch.compiler.is_compiling() or sums.device.type != "cpu" or not bool(fits.all()):
+            fits = fits.all(-1)
+            counts, sums = torch.where(fits, counts, 0), torch.where(fits[..., None], sums, 0)
         if len(self.widths) == 1 and self.table_0.is_contiguous():
             state = (self.table_0.view_as(self.ema_sums), self.ema_counts, self.ema_sums, counts, sums)
             options = {"metric": self.metric, "normalize_mean": self.normalize_mean}
