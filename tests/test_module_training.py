@@ -81,7 +81,7 @@ def _run(kind, update, steps=20):
     torch.manual_seed(0)
     for n in range(steps):
         quantizer.zero_grad()
-        results = step(quantizer, features(kind, 64, seed=n))
+        results = step(quantizer, features(kind, 20, seed=n))
         if optimiser is not None:
             optimiser.step()
     return [*results, *state(quantizer).values()]
