@@ -242,6 +242,25 @@ def test_prefixes_compile_as_one_graph():
     assert_near(quantizer.decode(out.indices), out.quantized, 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["residual", "soft_multiscale"])
+def test_exports_with_a_dynamic_batch(kind):
+    quantizer, x = build(kind).eval(), features(kind)
+    ids = quantizer.encode(x)
+    for name, given in (("encode", x), ("decode", ids)):
+
+        class Route(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.quantizer = quantizer
+
+            def forward(self, value):
+                return getattr(self.quantizer, name)(value)
+
+        batch = {0: torch.export.Dim("batch", min=2, max=64)}
+        program = torch.export.export(Route(), (given,), dynamic_shapes=(batch,))
+        assert torch.equal(program.module()(given[:3]), Route()(given[:3]))
+
+
 TABLE = torch.randn(10, 4)
 BAD = [
     (ValueError, "IndexPropagationQuantizer", "dim", lambda: IndexPropagationQuantizer(0, 9)),

@@ -77,7 +77,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
             return super().forward(features)
         name, q = type(self).__name__, self.quantizer
         _multiscale_check.maps(name, features)
-        depths = self.draw(len(features), features.device) if depths is None else depths
+        depths = self.draw(features.shape[0], features.device) if depths is None else depths
         if ops._check.ids(name, "depths", depths).shape != features.shape[:1]:
             raise ValueError(f"{name}: depths: wanted {list(features.shape[:1])}, got {list(depths.shape)}")
         if self.training and features.shape[1] == q.dim:

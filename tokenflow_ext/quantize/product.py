@@ -183,7 +183,7 @@ class ProductQuantizer(Compound):
         branches, options = self._branches(x), {}
         first = self.quantizers[0]
         if isinstance(first, PrefixMultiScaleQuantizer) and self.training:
-            options["depths"] = first.draw(len(branches[0]), branches[0].device)
+            options["depths"] = first.draw(branches[0].shape[0], branches[0].device)
         outs = [quantizer(part, **options) for quantizer, part in zip(self.quantizers, branches)]
         loss = sum(out.loss for out in outs)
         parts = [out.quantized for out in outs]

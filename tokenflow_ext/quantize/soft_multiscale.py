@@ -88,7 +88,7 @@ class SoftMultiScaleQuantizer(MultiScaleQuantizer):
     def _maps(self, indices: Tensor, size) -> list[Tensor]:
         """f_hat [B, C, H, W] after each scale of a prefix, none at first."""
         values = self.quantizer.keys_and_values()[1]
-        f_hat = values.new_zeros((len(indices), values.shape[1], *size))
+        f_hat = values.new_zeros((indices.shape[0], values.shape[1], *size))
         maps = [f_hat]
         for ids in self.split(indices):
             rows = ops.lookup(ids, values, backend=self.quantizer.backend)
@@ -104,7 +104,7 @@ class SoftMultiScaleQuantizer(MultiScaleQuantizer):
         """Inputs [B, rows, C] of an autoregressive model after a prefix of ids: f_hat of each scale, Down to the next."""
         maps = self._maps(indices, self._pair(size))[1:]
         rows = [resample(f, grid, "area").flatten(2).mT for f, grid in zip(maps, self.scales[1:])]
-        return torch.cat(rows, dim=1) if rows else indices.new_zeros((len(indices), 0, self.quantizer.dim)).float()
+        return torch.cat(rows, dim=1) if rows else indices.new_zeros((indices.shape[0], 0, self.quantizer.dim)).float()
 
     def _pair(self, size) -> tuple[int, int]:
         return self._fitting(pair(type(self).__name__, "size", self._size(size)))
