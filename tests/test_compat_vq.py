@@ -21,6 +21,8 @@ CASES = {
     "channel first": {"channel_last": False},
     "image": {"accept_image_fmap": True, "heads": 2},
     "frozen": {"freeze_codebook": True},
+    "rotation": {"rotation_trick": True},
+    "rotation, cosine": {"rotation_trick": True, "use_cosine_sim": True},
 }
 WIDTH, CODES = 12, 20
 
@@ -35,7 +37,7 @@ def pair(case: str):
     """The peer and ours at equal weights, the codebook random and its state loaded strictly from the peer's."""
     peer = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(4)
-    theirs = peer.VectorQuantize(WIDTH, CODES, rotation_trick=False, **CASES[case])
+    theirs = peer.VectorQuantize(WIDTH, CODES, **{"rotation_trick": False, **CASES[case]})
     state = theirs.state_dict()
     codes = torch.randn(state["_codebook.embed"].shape)
     if CASES[case].get("use_cosine_sim"):
@@ -199,7 +201,7 @@ def test_bad_input():
     for error, argument, value in (
         (ValueError, "dim", 0), (ValueError, "codebook_size", 0), (ValueError, "heads", 0), (ValueError, "codebook_dim", 0),
         (TypeError, "kmeans_init", 1), (ValueError, "eps", 1e-3), (ValueError, "kmeans_iters", 3),
-        (ValueError, "rotation_trick", True), (ValueError, "commitment_weight", -1), (ValueError, "ema_update", False),
+        (TypeError, "rotation_trick", "yes"), (ValueError, "commitment_weight", -1), (ValueError, "ema_update", False),
         (ValueError, "backend", "fast"), (TypeError, "colour", 3), (ValueError, "orthogonal_reg_weight", 1.0),
         (ValueError, "affine_param", True), (ValueError, "stochastic_sample_codes", True), (ValueError, "vq_bridge", 1),
     ):  # fmt: skip

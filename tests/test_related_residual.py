@@ -182,8 +182,9 @@ def test_no_id_outside_the_window(lo, size, seed):
     assert lo <= int(ids.min()) and int(ids.max()) < hi
     with pytest.raises(ValueError):
         quantizer.decode(torch.tensor([hi]))
-    with pytest.raises(ValueError):
-        quantizer.decode(torch.tensor([lo - 1]))
+    if lo > 0:  # -1 stands for a row that was left out
+        with pytest.raises(ValueError):
+            quantizer.decode(torch.tensor([lo - 1]))
 
 
 def test_projection_of_ones_own():

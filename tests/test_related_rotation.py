@@ -127,3 +127,16 @@ def test_compiles():
     (a,) = torch.autograd.grad(step(x), x)
     (b,) = torch.autograd.grad(quantizer(x).quantized.sin().sum(), x)
     assert_near(a, b, 1e-5)
+
+
+def test_rows_left_out_turn_nothing():
+    """With a mask, the gradient of the rows that stay is theirs alone, and padding gets none, whatever it holds."""
+    quantizer = VectorQuantizer(5, 30, metric="l2", gradient="rotation")
+    x, upstream = normal(8, 5), normal(8, 5, seed=3)
+    mask = torch.tensor([True, False, True, True, False, True, False, True])
+    padded = torch.where(mask[:, None], x, torch.nan)
+    (a,), (b,) = leaves(padded), leaves(x[mask])
+    (quantizer(a, mask).quantized * upstream).sum().backward()
+    (quantizer(b).quantized * upstream[mask]).sum().backward()
+    assert_near(a.grad[mask], b.grad, 1e-6)
+    assert b.grad.any() and not a.grad[~mask].any()

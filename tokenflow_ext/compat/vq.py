@@ -51,7 +51,7 @@ class VectorQuantize(nn.Module):
         channel_last: [B, N, C] in place of [B, C, N].
         accept_image_fmap: [B, C, H, W], ids [B, H, W].
         commitment_weight: of the loss.
-        rotation_trick: None or False, the straight-through gradient (the original's None means True where it can).
+        rotation_trick: True for gradient="rotation", else straight-through (the original's None means True where it can).
         learnable_codebook: the codes are a parameter; there are no moving averages then.
         ema_update: None or the opposite of learnable_codebook.
         backend: "auto", "native" or "reference".
@@ -87,8 +87,6 @@ class VectorQuantize(nn.Module):
         for key, value, only in (("eps", eps, 1e-5), ("kmeans_iters", kmeans_iters, 10)):
             if value != only:
                 raise ValueError(f"{NAME}: {key}: wanted {only}, the only value supported, got {value!r}")
-        if rotation_trick:
-            raise ValueError(f"{NAME}: rotation_trick: wanted None or False (straight-through), got {rotation_trick!r}")
         self.dim, self.codebook_size = positive(NAME, "dim", dim), positive(NAME, "codebook_size", codebook_size)
         self.heads = positive(NAME, "heads", heads)
         width = dim if codebook_dim is None else positive(NAME, "codebook_dim", codebook_dim)
@@ -98,6 +96,8 @@ class VectorQuantize(nn.Module):
             ("accept_image_fmap", accept_image_fmap),
         ):  # fmt: skip
             flag(NAME, key, value)
+        if rotation_trick is not None:
+            flag(NAME, "rotation_trick", rotation_trick)
         self.separate_codebook_per_head = separate_codebook_per_head and heads > 1
         self.channel_last, self.accept_image_fmap = channel_last, accept_image_fmap
         self.learnable_codebook = bool(learnable_codebook)
@@ -122,6 +122,7 @@ class VectorQuantize(nn.Module):
             update="gradient" if self.learnable_codebook else "ema", decay=decay, kmeans_init=kmeans_init,
             commitment_weight=commitment_weight, codebook_weight=commitment_weight,
             dead_code_threshold=threshold_ema_dead_code, backend=backend,
+            gradient="rotation" if rotation_trick else "straight_through",
         )  # fmt: skip
         if freeze_codebook:
             self.quantizer.freeze()
@@ -193,6 +194,7 @@ def _under_their_names(module: VectorQuantize, state: dict, prefix: str, _) -> N
     table = codebook.table_0.detach()
     grouped = (codebook.groups, codebook.codes, table.shape[-1])
     found = {name: state.pop(ours + mine, None) for name, mine in STATE.items()}
+    state.pop(ours + "revivals", None)  # the original has none: its draws do not repeat
     waits = state.pop(ours + "needs_init", torch.zeros((), dtype=torch.bool, device=table.device))
     counts = found["cluster_size"] if found["cluster_size"] is not None else table.new_ones(grouped[:2])
     sums = found["embed_avg"] if found["embed_avg"] is not None else table.clone()

@@ -65,7 +65,7 @@ def phi_rows(op: str, phi, channels: int, scales: int) -> list[int]:
     if not isinstance(phi, Sequence) or len(phi) != 4:
         raise TypeError(f"{op}: phi: wanted (weight, bias, ratio, assignment), got {type(phi).__name__}")
     weight, bias, ratio, assignment = phi
-    if not math.isfinite(_check.number(op, "phi ratio", ratio)):
+    if not abs(_check.number(op, "phi ratio", ratio)) < math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"{op}: phi ratio: wanted a finite number, got {ratio}")
     _check.floating(op, "phi weight", weight)
     _check.floating(op, "phi bias", bias)

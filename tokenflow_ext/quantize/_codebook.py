@@ -111,6 +111,7 @@ class Codebook(nn.Module):
             self.register_buffer("needs_init", torch.tensor(True))
         if update == "ema" or self.dead_code_threshold > 0:
             self.register_buffer("ema_counts", torch.ones(groups, codes, dtype=dtype))
+        if self.dead_code_threshold > 0:
             self.register_buffer("revivals", torch.zeros((), dtype=torch.int64))
         if update == "ema":
             self.register_buffer("ema_sums", self.joined().clone())

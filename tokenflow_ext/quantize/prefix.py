@@ -80,9 +80,9 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
         depths = self.draw(features.shape[0], features.device) if depths is None else depths
         if ops._check.ids(name, "depths", depths).shape != features.shape[:1]:
             raise ValueError(f"{name}: depths: wanted {list(features.shape[:1])}, got {list(depths.shape)}")
-        if self.training and features.shape[1] == q.dim:
-            q.codebook.initialise(features.movedim(1, -1).reshape(-1, 1, q.dim), q.weights, q.backend)
         common = {**self._options(), "weights": q.weights, "loss_on": self.loss_on}
+        if self.training and features.shape[1] == q.dim:
+            self._initialise(features, None, common)
         with torch.no_grad():
             (whole, indices, _), rows = quantize_with_rows(
                 features, q.codebooks(), **common, commitment_weight=0.0, codebook_weight=0.0
@@ -94,11 +94,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
         decoded = torch.where(finite, self.decode(kept, size=size), torch.nan)
         loss = self._loss(features, indices, active, finite)
         if self.training:
-            if q.entropy_weight > 0:
-                pooled = ops.multiscale_rows(features, indices, q.codebooks(), **common)
-                parts = pooled.split(self._lengths(range(len(self.scales))), dim=1)
-                loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in parts])
-            q.codebook.observe(rows.reshape(-1, 1, q.dim), indices.reshape(-1, 1), q.backend)
+            loss = self._train(features, indices, rows, loss, None, range(len(self.scales)), common)
         return Quantized(straight_through(features, decoded), kept, loss)
 
     def _by_cell(self, active: Tensor) -> Tensor:
