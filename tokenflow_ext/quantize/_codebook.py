@@ -1,6 +1,7 @@
 """The state that every quantizer module shares: codebooks, how they move, and how much of them is used."""
 
 import contextlib
+import math
 import warnings
 
 import torch
@@ -316,9 +317,8 @@ class Codebook(nn.Module):
 
     def _follow(self, counts: torch.Tensor, sums: torch.Tensor, backend: str) -> None:
         """The step of the moving averages; codes without rows, or with sums past float's range, keep their bits."""
-        fits = sums.isfinite()
-        if torch.compiler.is_compiling() or sums.device.type != "cpu" or not bool(fits.all()):
-            fits = fits.all(-1)
+        if torch.compiler.is_compiling() or sums.device.type != "cpu" or not math.isfinite(sums.sum()):
+            fits = sums.isfinite().all(-1)
             counts, sums = torch.where(fits, counts, 0), torch.where(fits[..., None], sums, 0)
         if len(self.widths) == 1 and self.table_0.is_contiguous():
             state = (self.table_0.view_as(self.ema_sums), self.ema_counts, self.ema_sums, counts, sums)
