@@ -35,6 +35,7 @@ COMMON = {
     "decay": SHARE,
     "kmeans_init": FLAG,
     "dead_code_threshold": WEIGHT,
+    "gradient": NAME,
     "channel_dim": AXIS,
     "backend": NAME,
 }
@@ -47,7 +48,7 @@ def phi(**change):
 
 
 WRONG = {
-    VectorQuantizer: {"dim": COUNT, "groups": COUNT, **COMMON},
+    VectorQuantizer: {"dim": COUNT, "groups": COUNT, "normalize_mean": FLAG, **COMMON},
     SharedIndexQuantizer: {
         "dims": (
             [12, "84", None, torch.tensor([8, 4]), {8, 4}, (True, 4), (8, "4"), (8, 4.0), (8, None)],
@@ -78,6 +79,10 @@ WRONG = {
         "loss_on": NAME,
         "normalize_codes": ([1, "yes", 0.0, TENSOR], []),
         "scale_dropout": SHARE,
+        "scale_weights": (
+            [1.0, "111", {1.0, 2.0, 3.0}, (1.0, 1.0, "1"), (1.0, None, 1.0), (True, 1.0, 1.0)],
+            [(), (1.0, 1.0), (1.0, -1.0, 1.0), (1.0, NAN, 1.0), (INF, 1.0, 1.0), (0.0, 0.0, 0.0)],
+        ),
     },
 }  # fmt: skip
 """By class and argument: values of a wrong type, and wrong values."""

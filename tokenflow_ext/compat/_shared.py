@@ -31,20 +31,6 @@ class Table(FullPrecision, nn.Embedding):
         return ops.lookup(indices.long(), self.weight, backend=self.backend)
 
 
-def positive(owner: str, name: str, value) -> int:
-    """`value` if it is an integer >= 1."""
-    if ops._check.integer(owner, name, value) < 1:
-        raise ValueError(f"{owner}: {name}: wanted an integer >= 1, got {value}")
-    return value
-
-
-def flag(owner: str, name: str, value) -> bool:
-    """`value` if it is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{owner}: {name}: wanted True or False, got {type(value).__name__}")
-    return value
-
-
 def known_backend(owner: str, value: str) -> str:
     """`value` if it names a backend."""
     if value not in BACKENDS:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import FullPrecision, Table, flag, known_backend, positive
+from tokenflow_ext.compat._shared import FullPrecision, Table, known_backend
 from tokenflow_ext.ops import _multiscale_check
+from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.ops.multiscale import quantize_with_rows
 from tokenflow_ext.quantize._codebook import _recomputing
 from tokenflow_ext.quantize._ranks import all_reduce

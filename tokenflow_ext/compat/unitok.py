@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import WARM, FullPrecision, Table, count, flag, known_backend, positive, rates
+from tokenflow_ext.compat._shared import WARM, FullPrecision, Table, count, known_backend, rates
+from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.quantize._codebook import _recomputing
 
 EPS = 1e-7

@@ -17,13 +17,12 @@ from tokenflow_ext.compat._shared import (
     Table,
     count,
     distributed,
-    flag,
     known_backend,
-    positive,
     rates,
     world_size,
-)  # fmt: skip
+)
 from tokenflow_ext.ops import _multiscale_check
+from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.ops.multiscale import quantize_with_rows
 from tokenflow_ext.quantize._codebook import _recomputing
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import flag, known_backend, positive
+from tokenflow_ext.compat._shared import known_backend
+from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.quantize.vector import VectorQuantizer
 
 NAME = "VectorQuantize"

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tokenflow_ext.compat._shared import flag, known_backend
+from tokenflow_ext.compat._shared import known_backend
 from tokenflow_ext.compat.tokenflow import VectorQuantizer
 from tokenflow_ext.compat.unitok import VectorQuantizerM
 from tokenflow_ext.compat.var import VectorQuantizer2
+from tokenflow_ext.ops._check import flag
 
 LOOKS = re.compile(r"quantiz|codebook|^vq|vq$", re.IGNORECASE)
 """Names of classes that may quantize vectors."""

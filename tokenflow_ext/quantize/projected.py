@@ -99,10 +99,10 @@ class ProjectedQuantizer(Quantizer):
         projection = Linear(table.shape[1], dim, dtype=frozen.dtype) if projection is None else projection
         self.codebook = ProjectedCodebook(name, frozen, projection, dim, metric)
 
-    def forward(self, x: Tensor) -> Quantized:
-        """As `VectorQuantizer.forward`; ids lie in the window."""
-        quantized, indices, loss = super().forward(x)
-        return Quantized(quantized, indices + self.window[0], loss)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Quantized:
+        """As `VectorQuantizer.forward`; ids lie in the window, or are -1 where a mask leaves rows out."""
+        quantized, indices, loss = super().forward(x, mask)
+        return Quantized(quantized, torch.where(indices < 0, -1, indices + self.window[0]), loss)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -112,7 +112,9 @@ class ProjectedQuantizer(Quantizer):
     def decode(self, indices: Tensor) -> Tensor:
         """The projected codes of ids in the window, bit for bit those that `forward` returns in float32."""
         ops._check.ids("ProjectedQuantizer.decode", "indices", indices)
-        return super().decode(indices - self.window[0])
+        # Ids before the window stay outside the table, and none of them becomes the -1 of a row that was left out.
+        inside = torch.where(indices == -1, -1, indices - self.window[0])
+        return super().decode(torch.where((inside == -1) & (indices != -1), -2, inside))
 
     def codebooks(self) -> tuple[Tensor, ...]:
         """The projected codes of the window, [hi - lo, D]."""

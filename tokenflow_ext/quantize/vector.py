@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from tokenflow_ext import ops
 from tokenflow_ext.ops import _check
 from tokenflow_ext.quantize._quantizer import Quantizer
 
@@ -58,11 +59,13 @@ class VectorQuantizer(Quantizer):
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
         )  # fmt: skip
         self._pass_gradient(gradient)
-        if normalize_mean and (update != "ema" or metric != "cosine"):
+        if ops._check.flag("VectorQuantizer", "normalize_mean", normalize_mean) and (
+            update != "ema" or metric != "cosine"
+        ):
             raise ValueError(
                 f"VectorQuantizer: normalize_mean: wanted update='ema' and metric='cosine' with it, got {update!r} and {metric!r}"
             )
-        self.codebook.normalize_mean = bool(normalize_mean)
+        self.codebook.normalize_mean = normalize_mean
 
 
 class SharedIndexQuantizer(Quantizer):
