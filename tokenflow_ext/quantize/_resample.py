@@ -9,9 +9,12 @@ from tokenflow_ext.reference import resample as twin
 WEIGHTS = {"area": twin.area_weights, "bicubic": twin.bicubic_weights}
 
 
-@torch.compiler.assume_constant_result
 def _weights(rule: str, n_in: int, n_out: int) -> list[list[float]]:
     return WEIGHTS[rule](n_in, n_out)
+
+
+# What torch.compiler.assume_constant_result does, which as a decorator imports Dynamo: two seconds of every import.
+_weights._dynamo_marked_constant = True
 
 
 def _matrix(rule: str, n_in: int, n_out: int, x: Tensor) -> Tensor:
