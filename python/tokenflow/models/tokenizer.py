@@ -1,0 +1,278 @@
+"""What every tokenizer of the family is: images to token ids and back, made from a preset, a folder, the hub or a released file.
+
+    features = encode_features(images)  ->  ids = quantizer.encode(features)  ->  codes = quantizer.decode(ids)
+    images'  = decode_features(codes)
+
+The quantizer works in float32 whatever the model's or autocast's type, so that a bfloat16 model has one definition of its
+tokens: those of its own features.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokenflow.errors import Missing
+from tokenflow.models import checkpoint
+from tokenflow_ext.quantize import Quantized
+
+FILES = ("config.json", "model.safetensors")
+
+
+class Output(NamedTuple):
+    """What training needs: images [B, 3, H, W], ids, and the quantizer's loss (0-dim)."""
+
+    images: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+class Tokenizer(nn.Module):
+    """A tokenizer for images. A subclass sets the class attributes, makes its networks and `self.quantizer` (which has
+    `forward`, `encode` and `decode`), and defines `encode_features`, `decode_features`, `image_size` and, where its authors
+    released files, `recognise` and `convert`.
+
+    Attributes:
+        kind: the word under "model" in config.json.
+        config_type: a frozen dataclass of plain values, tuples and further such dataclasses.
+        presets: name -> config.
+        places: where a released file may hold the weights, see `checkpoint.read`.
+    """
+
+    kind: ClassVar[str]
+    config_type: ClassVar[type]
+    presets: ClassVar[Mapping[str, Any]]
+    places: ClassVar[tuple[str, ...]] = ("ema", "model", "state_dict")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_preset(cls, name: str) -> typing.Self:
+        """A fresh model of a named size.
+
+        Raises:
+            ValueError: no preset has that name.
+        """
+        if name not in cls.presets:
+            raise ValueError(f"from_preset: name: wanted one of {', '.join(cls.presets)}, got {name!r}")
+        return cls(cls.presets[name])
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, quiet: bool = False) -> typing.Self:
+        """The model in a file of its authors, in eval mode; prints what was found in it.
+
+        The variant, its widths, grid and codebook are read from names and shapes. Loading is strict: each tensor is used, or
+        dropped for a reason that the table names. Pickles are read as data: one that asks for more is refused.
+
+        Args:
+            path: a .pt, .pth or .safetensors file: a state dict, or a training checkpoint that holds one.
+            quiet: print nothing.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another kind of file, or of model.
+        """
+        state, place = checkpoint.read(path, cls.places)
+        config = cls.recognise(state)
+        converted = cls.convert(state, config)
+        model = cls(config)
+        checkpoint.fit(converted, model, path)
+        if not quiet:
+            where = f' (under "{place}")' if place else ""
+            dropped = {"dropped": checkpoint.dropped_lines(converted.dropped)}
+            print(checkpoint.table({"file": f"{path}{where}", **model.summary(), **dropped}))
+        return model.eval()
+
+    @classmethod
+    def recognise(cls, state: Mapping[str, Tensor]) -> Any:
+        """The config of the model whose released weights these are, from names and shapes.
+
+        Raises:
+            ValueError: they are those of another model.
+        """
+        raise ValueError(f"from_checkpoint: {cls.__name__} has no released files to read")
+
+    @classmethod
+    def convert(cls, state: Mapping[str, Tensor], config: Any) -> checkpoint.Converted:
+        """Released weights under our names."""
+        raise NotImplementedError
+
+    def summary(self) -> dict[str, str]:
+        """Rows about the model for a reader: variant, sizes, parameters."""
+        names = [name for name, config in self.presets.items() if config == self.config]
+        height, width = self.image_size
+        return {
+            "model": f"{type(self).__name__}, {names[0] if names else 'of no preset'}",
+            "images": f"{height} x {width}",
+            "parameters": f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f} M",
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILES[0]).write_text(json.dumps({"model": self.kind, **asdict(self.config)}, indent=2) + "\n")
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / FILES[1])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> typing.Self:
+        """The model that `save_pretrained` wrote, in eval mode.
+
+        Args:
+            name: a folder, or a repository "owner/name" of the Hugging Face hub.
+            revision: branch, tag or commit of the repository.
+            cache_dir: the hub's cache.
+            token: for a private repository.
+            local_files_only: take the repository from the cache and ask no network.
+
+        Raises:
+            FileNotFoundError: the folder lacks a file, or the repository cannot be had.
+            Missing: a repository is asked for and huggingface_hub is not installed.
+            ValueError: config.json describes another model.
+        """
+        options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        folder = Path(name)
+        if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+            folder = _snapshot(str(name), options)
+        for file in FILES:
+            if not (folder / file).exists():
+                raise FileNotFoundError(
+                    f"from_pretrained: name: wanted a folder with {' and '.join(FILES)}, got {folder} without {file}"
+                )
+        values = json.loads((folder / FILES[0]).read_text())
+        if values.pop("model", None) != cls.kind:
+            raise ValueError(f"from_pretrained: name: wanted a {cls.kind} model, got another in {folder / FILES[0]}")
+        model = cls(from_json(cls.config_type, values))
+        model.load_state_dict(load_file(folder / FILES[1]))
+        return model.eval()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        size = self.config.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the networks' parameters; codebooks stay float32."""
+        return next(p.dtype for name, p in self.named_parameters() if not name.startswith("quantizer."))
+
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Features before the quantizer, from images [B, 3, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def decode_features(self, features: Tensor) -> Tensor:
+        """Images [B, 3, H, W], not clamped, from quantized features."""
+        raise NotImplementedError
+
+    def quantize(self, features: Tensor) -> Quantized:
+        """The quantizer on features, in float32 (float64 for float64) whatever autocast says."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.quantizer(_full(features))
+
+    def forward(self, images: Tensor) -> NamedTuple:
+        """Everything that training needs, from images [B, 3, H, W] in [-1, 1]."""
+        quantized, indices, loss = self.quantize(self.encode_features(images))
+        return Output(self.decode_features(quantized), indices, loss)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Token ids of images [B, 3, H, W] in [-1, 1]: [B, L], coarse scales first, or [B, L, G] for G codebooks."""
+        features = self.encode_features(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quantizer.encode(_full(features))
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] from token ids; a prefix of whole scales gives a coarser picture."""
+        images = self.decode_features(self.quantizer.decode(indices))
+        return _full(images).clamp(-1, 1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The quantized features: what a language model reads."""
+        return self.quantizer.decode(self.encode(images))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """decode(encode(images))."""
+        return self.decode(self.encode(images))
+
+    def checked(self, images: Tensor) -> Tensor:
+        """Images in the model's own type, channels last.
+
+        Raises:
+            TypeError: images are not floating point.
+            ValueError: another shape.
+        """
+        height, width = self.image_size
+        if not images.is_floating_point():
+            raise TypeError(f"encode: images: wanted floating point values in [-1, 1], got {images.dtype}")
+        if images.dim() != 4 or images.shape[1:] != (3, height, width):
+            raise ValueError(f"encode: images: wanted [B, 3, {height}, {width}], got {list(images.shape)}")
+        return images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def from_json(config_type: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass that `asdict` and JSON made `values` of: lists are tuples again, and dicts dataclasses.
+
+    Raises:
+        ValueError: a name that the dataclass does not have.
+    """
+    unknown = sorted(set(values) - {f.name for f in fields(config_type)})
+    if unknown:
+        raise ValueError(
+            f"from_pretrained: config.json: wanted fields of a {config_type.__name__}, got {', '.join(unknown)}"
+        )
+    hints = typing.get_type_hints(config_type)
+
+    def restored(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            kinds = [hints[name], *typing.get_args(hints[name])]
+            return from_json(next(kind for kind in kinds if is_dataclass(kind)), value)
+        return _tuples(value)
+
+    return config_type(**{name: restored(name, value) for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _snapshot(name: str, options: dict[str, Any]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise Missing(
+            f"from_pretrained: name: {name} is no folder, and taking it from the Hugging Face hub needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES), **options))
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"from_pretrained: name: wanted a folder with {' and '.join(FILES)} or a repository of the hub, got {name} ({reason})"
+        ) from error
