@@ -1,5 +1,6 @@
 """Models."""
 
 from tokenflow.models.tokenflow import TokenFlow
+from tokenflow.models.unitok import UniTok
 
-__all__ = ["TokenFlow"]
+__all__ = ["TokenFlow", "UniTok"]

@@ -73,7 +73,14 @@ class TextTower(nn.Module):
         self, *, width: int = 768, heads: int = 12, depth: int = 12, out: int = 768, context: int = 77, vocabulary: int = 49408
     ) -> None:  # fmt: skip
         super().__init__()
-        sizes = {"width": width, "heads": heads, "depth": depth, "out": out, "context": context, "vocabulary": vocabulary}
+        sizes = {
+            "width": width,
+            "heads": heads,
+            "depth": depth,
+            "out": out,
+            "context": context,
+            "vocabulary": vocabulary,
+        }
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"TextTower: {name}: wanted a positive integer, got {value!r}")

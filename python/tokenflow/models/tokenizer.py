@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -45,12 +45,14 @@ class Tokenizer(nn.Module):
         config_type: a frozen dataclass of plain values, tuples and further such dataclasses.
         presets: name -> config.
         places: where a released file may hold the weights, see `checkpoint.read`.
+        assumed: fields of the config that change results and leave no trace in released weights, such as head counts.
     """
 
     kind: ClassVar[str]
     config_type: ClassVar[type]
     presets: ClassVar[Mapping[str, Any]]
     places: ClassVar[tuple[str, ...]] = ("ema", "model", "state_dict")
+    assumed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class Tokenizer(nn.Module):
         return cls(cls.presets[name])
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, quiet: bool = False) -> typing.Self:
+    def from_checkpoint(cls, path: str | Path, *, quiet: bool = False, **changes: Any) -> typing.Self:
         """The model in a file of its authors, in eval mode; prints what was found in it.
 
         The variant, its widths, grid and codebook are read from names and shapes. Loading is strict: each tensor is used, or
@@ -77,20 +79,27 @@ class Tokenizer(nn.Module):
         Args:
             path: a .pt, .pth or .safetensors file: a state dict, or a training checkpoint that holds one.
             quiet: print nothing.
+            changes: fields of the config, where the file's model differs from the published ones in what weights do not tell
+                (`assumed`): those are said in the table too.
 
         Raises:
             FileNotFoundError: no such file.
+            TypeError: the config has no such field.
             ValueError: another kind of file, or of model.
         """
         state, place = checkpoint.read(path, cls.places)
-        config = cls.recognise(state)
+        config = _changed(cls.recognise(state), changes)
         converted = cls.convert(state, config)
         model = cls(config)
         checkpoint.fit(converted, model, path)
         if not quiet:
             where = f' (under "{place}")' if place else ""
             dropped = {"dropped": checkpoint.dropped_lines(converted.dropped)}
-            print(checkpoint.table({"file": f"{path}{where}", **model.summary(), **dropped}))
+            assumed = ", ".join(f"{name} {getattr(config, name)}" for name in cls.assumed if name not in changes)
+            given = ", ".join(f"{name} {value}" for name, value in changes.items())
+            said = {"assumed": f"{assumed} (weights do not tell)"} if assumed else {}
+            said |= {"given": given} if given else {}
+            print(checkpoint.table({"file": f"{path}{where}", **model.summary(), **said, **dropped}))
         return model.eval()
 
     @classmethod
@@ -195,7 +204,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Token ids of images [B, 3, H, W] in [-1, 1]: [B, L], coarse scales first, or [B, L, G] for G codebooks."""
+        """Token ids of images [B, 3, H, W] in [-1, 1]: [B, L], coarse scales first, or [B, G, L] for G codebooks."""
         features = self.encode_features(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer.encode(_full(features))
@@ -251,6 +260,15 @@ def from_json(config_type: type, values: Mapping[str, Any]) -> Any:
         return _tuples(value)
 
     return config_type(**{name: restored(name, value) for name, value in values.items()})
+
+
+def _changed(config: Any, values: Mapping[str, Any]) -> Any:
+    unknown = sorted(set(values) - {f.name for f in fields(config)})
+    if unknown:
+        raise TypeError(
+            f"from_checkpoint: {unknown[0]}: wanted a field of {type(config).__qualname__}, got none of that name"
+        )
+    return replace(config, **values)
 
 
 def _tuples(value: Any) -> Any:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tokenflow.models.upsample import UpConv
+
 EPS = 1e-6
 PATCH = 16
 """Pixels to a token, on each side."""
@@ -107,14 +109,14 @@ class Blocks(nn.ModuleList):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour x2, then a 3 x 3 convolution."""
+    """Nearest neighbour x2, then a 3 x 3 convolution, under the name that checkpoints have for it."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, out, 3, padding=1)
+        self.conv = UpConv(width, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
 
 
 class Downsample(nn.Module):
