@@ -12,7 +12,7 @@ import pathlib
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,12 +46,10 @@ class Converted:
     Attributes:
         state: our name -> tensor.
         dropped: why -> names in the file.
-        unknown: names in the file that no rule knows.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
 
 
 def read(path: str | Path, places: Sequence[str] = ("ema", "model", "state_dict")) -> tuple[dict[str, Tensor], str]:
@@ -113,32 +111,43 @@ def _contents(content: object) -> str:
     return f"{', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
 
 
+def count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that the pattern's group finds at the start of a name; 0 where it finds none."""
+    return 1 + max((int(m[1]) for name in state if (m := re.match(pattern, name))), default=-1)
+
+
 def rename(
-    state: Mapping[str, Tensor], rules: Sequence[tuple[str, str]], drops: Sequence[tuple[str, str]] = ()
+    state: Mapping[str, Tensor],
+    rules: Sequence[tuple[str, str | Callable[[re.Match], str]]],
+    drops: Sequence[tuple[str, str]] = (),
 ) -> Converted:
-    """Names by the first rule that matches the whole name.
+    """Every name through all substitutions, one after the other.
 
     Args:
         state: name in the file -> tensor.
-        rules: (pattern, replacement). A replacement that ends in [i] is part i of a tensor that is joined along its first axis.
-        drops: (pattern, why): names that are not needed.
+        rules: (pattern, replacement) as `re.sub` takes them. Names that end in [0], [1], ... after them are parts of one tensor
+            and are joined along the first axis.
+        drops: (pattern of a whole name in the file, why it is not needed).
+
+    Example:
+        >>> out = rename({"a.q": torch.zeros(2), "a.k": torch.ones(2), "b": torch.zeros(1)},
+        ...              [(r"^a\\.q$", "qk[0]"), (r"^a\\.k$", "qk[1]")], [("b", "not read")])
+        >>> out.state["qk"].tolist(), out.dropped
+        ([0.0, 0.0, 1.0, 1.0], {'not read': ['b']})
     """
     out, parts = Converted(), {}
-    patterns = [(re.compile(pattern), new) for pattern, new in rules]
-    unneeded = [(re.compile(pattern), why) for pattern, why in drops]
     for name, value in state.items():
-        why = next((why for pattern, why in unneeded if pattern.fullmatch(name)), None)
+        why = next((why for pattern, why in drops if re.fullmatch(pattern, name)), None)
         if why is not None:
             out.dropped.setdefault(why, []).append(name)
             continue
-        new = next((m.expand(to) for pattern, to in patterns if (m := pattern.fullmatch(name))), None)
-        if new is None:
-            out.unknown.append(name)
-        elif new.endswith("]"):
-            target, number = new[:-1].rsplit("[", 1)
+        for pattern, new in rules:
+            name = re.sub(pattern, new, name)
+        if name.endswith("]"):
+            target, number = name[:-1].rsplit("[", 1)
             parts.setdefault(target, {})[int(number)] = value
         else:
-            out.state[new] = value
+            out.state[name] = value
     for target, pieces in parts.items():
         out.state[target] = torch.cat([pieces[i] for i in sorted(pieces)])
     return out
@@ -161,7 +170,6 @@ def fit(converted: Converted, model: nn.Module, path: str | Path) -> None:
             else:
                 values[name] = value.reshape(target)
     problems = [
-        _some(sorted(converted.unknown), "names that nothing knows"),
         _some(sorted(set(converted.state) - set(wanted)), "tensors that the model has no place for"),
         _some(sorted(set(wanted) - set(converted.state)), "tensors missing"),
         _some(wrong, "wrong shapes"),

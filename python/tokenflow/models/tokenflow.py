@@ -8,36 +8,99 @@ Source: Qu et al., "TokenFlow: Unified Image Tokenizer for Multimodal Understand
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tokenflow.models import tiny
-from tokenflow.models.tokenizer import Tokenizer
+from tokenflow.models import checkpoint, conv, tiny, tokenflow_keys
+from tokenflow.models.multiscale import MultiScaleTokenizer
+from tokenflow.models.semantic import SemanticDecoder, SemanticEncoder, Tower
 from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a TokenFlow model: picture side, grid scales (the last is the grid), widths, codebook and teacher."""
+    """Sizes of a TokenFlow model.
 
-    image_size: int = 64
-    scales: tuple[int, ...] = (1, 2, 4, 8, 16)
+    Attributes:
+        image_size: side of the images, or height and width.
+        scales: sides of the scales, coarse to fine; the last is the grid.
+        semantic_dim: channels of the semantic codes.
+        pixel_dim: channels of the pixel codes.
+        codebook_size: K.
+        pixel_weight: of the pixel distance in the search, where the semantic one weighs 1.
+        commitment_weight: beta.
+        update: how codebooks learn, "ema" or "gradient".
+        decay: of the moving averages.
+        scale_dropout: probability that a training batch skips a scale.
+        dead_code_threshold: see SharedIndexQuantizer.
+        widths: of the pixel encoder, full resolution first.
+        teacher_dim: width of what the semantic decoder is compared with.
+        tower: the semantic encoder; None is the demo's small networks, which read nothing of what follows.
+        decoder_widths: of the pixel decoder, full resolution first.
+        encoder_blocks: residual blocks a level.
+        decoder_blocks: residual blocks a level.
+        latent: channels of the pixel networks next to the codes.
+        decoder_grid: side of the grid that the semantic decoder's positions were learned on.
+        decoder_depth: blocks of the semantic decoder.
+        decoder_heads: heads of its attention.
+    """
+
+    image_size: int | tuple[int, int] = 64
+    scales: tuple = (1, 2, 4, 8, 16)
     semantic_dim: int = 24
     pixel_dim: int = 8
     codebook_size: int = 2048
     pixel_weight: float = 4.0
     commitment_weight: float = 0.25
+    update: str = "ema"
     decay: float = 0.98
     scale_dropout: float = 0.1
     dead_code_threshold: float = 0.3
-    widths: tuple[int, int, int] = (32, 64, 128)
+    widths: tuple[int, ...] = (32, 64, 128)
     teacher_dim: int = 128
+    tower: Tower | None = None
+    decoder_widths: tuple[int, ...] = ()
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+    latent: int = 256
+    decoder_grid: int = 14
+    decoder_depth: int = 3
+    decoder_heads: int = 12
 
 
-PRESETS = {"tokenflow-tiny": Config()}
+PUBLISHED = Config(
+    image_size=224,
+    scales=(1, 2, 4, 6, 8, 10, 12, 14),
+    semantic_dim=32,
+    codebook_size=32768,
+    pixel_weight=1.0,
+    update="gradient",
+    dead_code_threshold=0.0,
+    widths=(128, 128, 256, 256, 512),
+    teacher_dim=512,
+    tower=Tower("clip", width=768, depth=12, heads=12, hidden=3072, patch=16, grid=14),
+    decoder_widths=(128, 128, 256, 256, 512),
+)
+ENHANCED = replace(PUBLISHED, decoder_widths=(256, 256, 512, 512, 1024), decoder_blocks=5)
+PRESETS = {
+    "tokenflow-tiny": Config(),
+    "tokenflow-b": PUBLISHED,
+    "tokenflow-b-enhanced": ENHANCED,
+    "tokenflow-b-256": replace(ENHANCED, image_size=256, scales=(*PUBLISHED.scales, 16)),
+    "tokenflow-xl": replace(
+        PUBLISHED,
+        image_size=384,
+        scales=(*range(1, 11), 12, 14, 17, 22, 27),
+        teacher_dim=1152,
+        tower=Tower("siglip", width=1152, depth=26, heads=16, hidden=4304, patch=14, grid=27),
+        decoder_grid=27,
+    ),
+}
 
 
 class Output(NamedTuple):
@@ -49,7 +112,7 @@ class Output(NamedTuple):
     loss: Tensor
 
 
-class TokenFlow(Tokenizer):
+class TokenFlow(MultiScaleTokenizer):
     """A tokenizer with a semantic and a pixel codebook under one index, over several scales.
 
     Args:
@@ -69,21 +132,63 @@ class TokenFlow(Tokenizer):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        side, (a, b, c) = config.scales[-1], config.widths
-        self.pixel_encoder = tiny.pixel_encoder(config.pixel_dim, (a, b, c), side)
-        self.pixel_decoder = tiny.pixel_decoder(config.pixel_dim, (a, b, c), side)
-        self.semantic_encoder = tiny.SemanticEncoder(config.semantic_dim, (b, c), side)
-        self.semantic_decoder = tiny.SemanticDecoder(config.semantic_dim, c, side, config.teacher_dim)
-        codes = SharedIndexQuantizer(
-            (config.semantic_dim, config.pixel_dim),
-            config.codebook_size,
-            weights=(1.0, config.pixel_weight),
-            update="ema",
-            decay=config.decay,
-            commitment_weight=config.commitment_weight,
-            dead_code_threshold=config.dead_code_threshold,
-        )
-        self.quantizer = MultiScaleQuantizer(codes, config.scales, scale_dropout=config.scale_dropout)
+        c = config
+        if c.tower is None:
+            side, (_, b, w) = c.scales[-1], c.widths
+            self.pixel_encoder = tiny.pixel_encoder(c.pixel_dim, c.widths, side)
+            self.pixel_decoder = tiny.pixel_decoder(c.pixel_dim, c.widths, side)
+            self.semantic_encoder = tiny.SemanticEncoder(c.semantic_dim, (b, w), side)
+            self.semantic_decoder = tiny.SemanticDecoder(c.semantic_dim, w, side, c.teacher_dim)
+        else:
+            pixel = {"latent": c.latent}
+            self.pixel_encoder = conv.Encoder(c.pixel_dim, c.widths, blocks=c.encoder_blocks, **pixel)
+            self.pixel_decoder = conv.Decoder(c.pixel_dim, c.decoder_widths, blocks=c.decoder_blocks, **pixel)
+            self.semantic_encoder = SemanticEncoder(c.tower, c.semantic_dim)
+            self.semantic_decoder = SemanticDecoder(
+                c.semantic_dim,
+                c.tower.width,
+                c.teacher_dim,
+                depth=c.decoder_depth,
+                heads=c.decoder_heads,
+                grid=c.decoder_grid,
+            )
+        self.quantizer = self.make_quantizer()
+
+    @classmethod
+    def recognise(cls, state: Mapping[str, Tensor]) -> Config:
+        return tokenflow_keys.recognise(state, PUBLISHED)
+
+    @classmethod
+    def convert(cls, state: Mapping[str, Tensor], config: Config) -> checkpoint.Converted:
+        return tokenflow_keys.convert(state, config)
+
+    def make_quantizer(self) -> MultiScaleQuantizer:
+        c = self.config
+        if "quantizer" in self._modules:
+            codes = self.quantizer.quantizer
+        else:
+            codes = SharedIndexQuantizer(
+                (c.semantic_dim, c.pixel_dim),
+                c.codebook_size,
+                weights=(1.0, c.pixel_weight),
+                update=c.update,
+                decay=c.decay,
+                commitment_weight=c.commitment_weight,
+                dead_code_threshold=c.dead_code_threshold,
+            )
+        return MultiScaleQuantizer(codes, c.scales, scale_dropout=c.scale_dropout)
+
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        if self.config.tower is None:
+            if image_size != self.image_size:
+                raise ValueError(
+                    f"resize: image_size: wanted {self.image_size}, the size of this model, got {image_size}"
+                )
+            return (self.config.scales[-1],) * 2
+        patch = self.config.tower.patch
+        if min(image_size) < patch:
+            raise ValueError(f"resize: image_size: wanted at least {patch} x {patch}, got {image_size}")
+        return image_size[0] // patch, image_size[1] // patch
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Features before the quantizer, semantic channels first: [B, 32, 16, 16] from images [B, 3, 64, 64] in [-1, 1].
@@ -94,16 +199,16 @@ class TokenFlow(Tokenizer):
         """
         images = self.checked(images)
         if len(images) == 0:
-            side, width = self.config.scales[-1], self.config.semantic_dim + self.config.pixel_dim
-            return images.new_zeros(0, width, side, side)
-        return torch.cat([self.semantic_encoder(images), self.pixel_encoder(images)], 1)
+            return self.empty_features(images, self.config.semantic_dim + self.config.pixel_dim)
+        return torch.cat([self.semantic_encoder(images), self.pixel_encoder(self._as_pixels(images))], 1)
 
     def decode_features(self, features: Tensor) -> Tensor:
         """Images [B, 3, 64, 64] from accumulated features [B, 32, 16, 16]; only the pixel half is read."""
-        pixel = self._halves(features)[1]
+        pixel = self._halves(features)[1].to(self.dtype)
         if len(pixel) == 0:
-            return pixel.new_zeros(0, 3, self.config.image_size, self.config.image_size)
-        return self.pixel_decoder(pixel.to(self.dtype).contiguous(memory_format=torch.channels_last))
+            return pixel.new_zeros(0, 3, *self.image_size)
+        images = self.pixel_decoder(pixel.contiguous(memory_format=torch.channels_last))
+        return images if images.shape[2:] == self.image_size else F.interpolate(images, self.image_size, mode="bicubic")
 
     def decode_semantic(self, features: Tensor) -> Tensor:
         """What the teacher would say, [B, teacher_dim, 8, 8], from accumulated features [B, 32, 16, 16]."""
@@ -113,6 +218,13 @@ class TokenFlow(Tokenizer):
         """Everything that training needs, from images [B, 3, 64, 64] in [-1, 1]."""
         quantized, indices, loss = self.quantize(self.encode_features(images))
         return Output(self.decode_features(quantized), self.decode_semantic(quantized), indices, loss)
+
+    def _as_pixels(self, images: Tensor) -> Tensor:
+        """The images at the size whose pixel features have the cells of the grid: a patch need not be 2^levels wide."""
+        if self.config.tower is None:
+            return images
+        size = tuple(n * 2 ** (len(self.config.widths) - 1) for n in self.grid)
+        return images if images.shape[2:] == size else F.interpolate(images, size, mode="bicubic")
 
     def _halves(self, features: Tensor) -> tuple[Tensor, Tensor]:
         want = self.config.semantic_dim + self.config.pixel_dim

@@ -209,16 +209,20 @@ class Tokenizer(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer.encode(_full(features))
 
+    def codes(self, indices: Tensor) -> Tensor:
+        """The quantized features of token ids."""
+        return self.quantizer.decode(indices)
+
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] from token ids; a prefix of whole scales gives a coarser picture."""
-        images = self.decode_features(self.quantizer.decode(indices))
+        images = self.decode_features(self.codes(indices))
         return _full(images).clamp(-1, 1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """The quantized features: what a language model reads."""
-        return self.quantizer.decode(self.encode(images))
+        return self.codes(self.encode(images))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
