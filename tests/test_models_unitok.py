@@ -98,7 +98,7 @@ def test_published_features(base, case):
 def test_published_codes_and_vectors(base, case):
     features = case["quant_in"].transpose(1, 2).unflatten(2, (16, 16))
     assert case.check_indices(base._by_group(base.quantizer.encode(features))) == 0
-    tokens = base.expand(base.quantizer.decode(base._on_grid(case["idx"], None)))
+    tokens = base.expand(base.codes(case["idx"]))
     case.check("reconstruction", tokens[:, ::16], case["post_every16"])
     vectors = base._image_vectors(tokens)
     limit = 1e-3 * float(case["image_feature"].norm())
@@ -110,7 +110,7 @@ def test_published_codes_and_vectors(base, case):
 
 @torch.inference_mode()
 def test_published_reconstruction(base, case):
-    y = base.decode_features(base.quantizer.decode(base._on_grid(case["idx"], None)))
+    y = base.decode_features(base.codes(case["idx"]))
     case.check("reconstruction", F.avg_pool2d(y, 8), case["unclamped_down8"])
     case.check("reconstruction", y[:, :, 112:144, 112:144], case["unclamped_crop"])
     y = y.clamp(-1, 1)
@@ -128,7 +128,7 @@ def test_released_names_and_shapes(table, preset, dropped):
     config = UniTok.recognise(state)
     assert config == PRESETS[preset]
     converted = UniTok.convert(state, config)
-    assert not converted.unknown and sum(map(len, converted.dropped.values())) == dropped
+    assert sum(map(len, converted.dropped.values())) == dropped
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in UniTok(config).state_dict().items()}
     assert {name: tensor.shape for name, tensor in converted.state.items()} == wanted
@@ -159,7 +159,7 @@ def test_files_that_are_refused(tmp_path):
     for changed, words in [
         ({"encoder.pos_embed": torch.ones(1, 1, 16)}, "wanted zeros in encoder.pos_embed"),
         ({"decoder.extra": torch.ones(1)}, "no place for .decoder.extra"),
-        ({"vision.weight": torch.ones(1)}, "names that nothing knows .vision.weight"),
+        ({"vision.weight": torch.ones(1)}, "no place for .vision.weight"),
         ({"fc_norm.weight": torch.ones(3)}, r"fc_norm.weight is \[3\]"),
     ]:
         torch.save({"trainer": {"unitok": {**state, **changed}}}, path)
@@ -210,7 +210,8 @@ def test_tokens_land_on_their_grid():
     tokens, shifted = torch.randn(1, 16, 16), torch.zeros(1, 16, 16)
     shifted[0, 7] = 1
     blocks, model.decoder.blocks = model.decoder.blocks, torch.nn.Identity()
-    change = (model.decoder(tokens + shifted, (2, 8)) - model.decoder(tokens, (2, 8))).abs().amax((0, 1))
+    with torch.no_grad():
+        change = (model.decoder(tokens + shifted, (2, 8)) - model.decoder(tokens, (2, 8))).abs().amax((0, 1))
     model.decoder.blocks = blocks
     share = change / change.sum()
     row, column = (float((share.sum(1 - d) * torch.arange(share.shape[d])).sum()) for d in (0, 1))
@@ -277,7 +278,8 @@ def test_half_precision_keeps_one_definition_of_tokens():
     assert half.decode(half.encode(x)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         features = model.encode_features(x)
-        assert torch.equal(model.encode(x), model._by_group(model.quantizer.encode(features.float())))
+        assert features.dtype == torch.float32 and model.encoder(x).dtype == torch.bfloat16
+        assert torch.equal(model.encode(x), model._by_group(model.quantizer.encode(features)))
         assert model(x).loss.dtype == torch.float32
 
 

@@ -195,7 +195,7 @@ class Tokenizer(nn.Module):
     def quantize(self, features: Tensor) -> Quantized:
         """The quantizer on features, in float32 (float64 for float64) whatever autocast says."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.quantizer(_full(features))
+            return self.quantizer(full(features))
 
     def forward(self, images: Tensor) -> NamedTuple:
         """Everything that training needs, from images [B, 3, H, W] in [-1, 1]."""
@@ -207,7 +207,7 @@ class Tokenizer(nn.Module):
         """Token ids of images [B, 3, H, W] in [-1, 1]: [B, L], coarse scales first, or [B, G, L] for G codebooks."""
         features = self.encode_features(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer.encode(_full(features))
+            return self.quantizer.encode(full(features))
 
     def codes(self, indices: Tensor) -> Tensor:
         """The quantized features of token ids."""
@@ -217,7 +217,7 @@ class Tokenizer(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] from token ids; a prefix of whole scales gives a coarser picture."""
         images = self.decode_features(self.codes(indices))
-        return _full(images).clamp(-1, 1)
+        return full(images).clamp(-1, 1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -279,7 +279,8 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _full(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or float64 if it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

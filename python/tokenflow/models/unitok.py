@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tokenflow.models import checkpoint, unitok_checkpoint
 from tokenflow.models.projection import AttnProjection
 from tokenflow.models.text import TextTower
-from tokenflow.models.tokenizer import Tokenizer
+from tokenflow.models.tokenizer import Tokenizer, full
 from tokenflow.models.vitamin import EPS, PATCH, ViTamin, ViTaminDecoder
 from tokenflow_ext.quantize import VectorQuantizer
 
@@ -161,9 +161,10 @@ class UniTok(Tokenizer):
             TypeError: images are not floating point.
             ValueError: another shape, or sides that are no multiples of 16.
         """
-        images = self.checked(images)
-        tokens = self.quant_proj(self.encoder(images))
-        return tokens.transpose(1, 2).unflatten(2, grid_of(images))
+        tokens = self.encoder(self.checked(images))
+        with torch.autocast(images.device.type, enabled=False):  # rounded just before the codes, they would be others
+            features = self.quant_proj(tokens.to(self.dtype))
+        return features.transpose(1, 2).unflatten(2, grid_of(images))
 
     def expand(self, features: Tensor) -> Tensor:
         """Tokens [B, h * w, dim], which the decoder and the image vector read, of quantized features [B, code_dim, h, w]."""
@@ -197,6 +198,19 @@ class UniTok(Tokenizer):
         """Token ids [B, G, L], each below `codebook_size`, of images [B, 3, H, W] in [-1, 1]; L = H/16 * W/16, row major."""
         return self._by_group(super().encode(images))
 
+    def codes(self, indices: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The quantized features [B, code_dim, h, w] of token ids [B, G, L], see `decode`."""
+        groups = self.config.groups
+        if indices.dim() != 3 or indices.shape[1] != groups:
+            raise ValueError(f"decode: indices: wanted [B, {groups}, L], got {list(indices.shape)}")
+        length = indices.shape[2]
+        side = math.isqrt(length)
+        height, width = (side, side) if grid is None else grid
+        if height * width != length:
+            raise ValueError(f"decode: grid: wanted (h, w) with h * w = {length}, got {grid}")
+        ids = indices.transpose(1, 2).unflatten(1, (height, width))
+        return self.quantizer.decode(ids if groups > 1 else ids.squeeze(-1))
+
     @torch.no_grad()
     def decode(self, indices: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Images [B, 3, 16 h, 16 w] in [-1, 1] from token ids [B, G, L].
@@ -208,12 +222,12 @@ class UniTok(Tokenizer):
         Raises:
             ValueError: another shape, ids that are no codes, or a grid that does not fit.
         """
-        return super().decode(self._on_grid(indices, grid))
+        return full(self.decode_features(self.codes(indices, grid))).clamp(-1, 1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """The codes of images, [B, code_dim, H/16, W/16]: what a language model reads, one token a position."""
-        return self.quantizer.decode(super().encode(images))
+        return self.codes(self.encode(images), grid_of(images))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -278,19 +292,6 @@ class UniTok(Tokenizer):
         """[B, G, L] of the quantizer's [B, h, w, G], or [B, h, w] of one group."""
         batch, height, width = indices.shape[:3]
         return indices.reshape(batch, height * width, self.config.groups).transpose(1, 2).contiguous()
-
-    def _on_grid(self, indices: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """The quantizer's ids of [B, G, L]."""
-        groups = self.config.groups
-        if indices.dim() != 3 or indices.shape[1] != groups:
-            raise ValueError(f"decode: indices: wanted [B, {groups}, L], got {list(indices.shape)}")
-        length = indices.shape[2]
-        side = math.isqrt(length)
-        height, width = (side, side) if grid is None else grid
-        if height * width != length:
-            raise ValueError(f"decode: grid: wanted (h, w) with h * w = {length}, got {grid}")
-        ids = indices.transpose(1, 2).unflatten(1, (height, width))
-        return ids if groups > 1 else ids.squeeze(-1)
 
 
 def grid_of(images: Tensor) -> tuple[int, int]:

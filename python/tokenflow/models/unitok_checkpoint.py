@@ -16,14 +16,9 @@ from torch import Tensor
 from tokenflow.models import checkpoint
 
 TABLES = "quantizer.codebook.table_0"
-CODEBOOK = re.compile(r"quantizer?\.codebooks\.(\d+)\.codebook\.weight")
+CODEBOOK = r"quantizer?\.codebooks\.(\d+)\.codebook\.weight"
 ZEROS = r"encoder\.pos_embed|.*\.zero_k_bias"
-PARTS = "logit_scale|(?:encoder|quant_proj|post_quant_proj|decoder|text_encoder|fc_norm|projection)\\..*"
-DROPS = [
-    (r"quantizer?\.codebooks\.\d+\.vocab_usage", "usage counters of training"),
-    (ZEROS, "always zero"),
-]
-"""(pattern, why)"""
+DROPS = [(r"quantizer?\.codebooks\.\d+\.vocab_usage", "usage counters of training"), (ZEROS, "always zero")]
 
 
 def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -32,7 +27,7 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: the weights of another model.
     """
-    books = [value for name, value in state.items() if CODEBOOK.fullmatch(name)]
+    books = [value for name, value in state.items() if re.fullmatch(CODEBOOK, name)]
     wanted = (
         "encoder.norm.weight", "encoder.patch_embed.backbone.stem.conv1.weight", "encoder.patch_embed.backbone.pool.norm.weight",
         "projection.weight", "text_encoder.positional_embedding", "text_encoder.token_embedding.weight",
@@ -49,7 +44,7 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "widths": (stem[0], coarse[0]),
         "dim": dim[0],
-        "depth": _depth(state, r"encoder\.blocks\.(\d+)\..*"),
+        "depth": checkpoint.count(state, r"encoder\.blocks\.(\d+)\."),
         "heads": max(1, dim[0] // 64),
         "groups": len(books),
         "codebook_size": books[0].shape[0],
@@ -59,14 +54,10 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "embed_dim": vectors[0],
         "text_width": positions[1],
         "text_heads": max(1, positions[1] // 64),
-        "text_depth": _depth(state, r"text_encoder\.transformer\.resblocks\.(\d+)\..*"),
+        "text_depth": checkpoint.count(state, r"text_encoder\.transformer\.resblocks\.(\d+)\."),
         "context": positions[0],
         "vocabulary": words[0],
     }
-
-
-def _depth(state: Mapping[str, Tensor], pattern: str) -> int:
-    return len({match[1] for name in state if (match := re.fullmatch(pattern, name))})
 
 
 def convert(state: Mapping[str, Tensor]) -> checkpoint.Converted:
@@ -80,9 +71,9 @@ def convert(state: Mapping[str, Tensor]) -> checkpoint.Converted:
             raise ValueError(
                 f"from_checkpoint: path: wanted zeros in {name}, which published models never use, got others"
             )
-    converted = checkpoint.rename(state, [(CODEBOOK.pattern, TABLES + r"[\1]"), (f"({PARTS})", r"\1")], DROPS)
-    groups = sum(bool(CODEBOOK.fullmatch(name)) for name in state)
-    if groups > 1 and TABLES in converted.state:
+    converted = checkpoint.rename(state, [(rf"^{CODEBOOK}$", rf"{TABLES}[\1]")], DROPS)
+    groups = sum(bool(re.fullmatch(CODEBOOK, name)) for name in state)
+    if groups > 1:
         converted.state[TABLES] = converted.state[TABLES].unflatten(0, (groups, -1))
     return converted
 
