@@ -238,6 +238,45 @@ def test_training_output_and_gradients():
     assert model(images(1, 3, 16, 16)).text_vectors is None
 
 
+def test_loss_of_the_quantizer():
+    """1.25 mean((q - y)^2) over unit slices, and the entropies of each group's softmax, written out."""
+    model, x = small(entropy_weight=0.5).double().train(), images(2, 3, 32, 48).double()
+    out = model(x)
+    y = F.normalize(model.encode_features(x).flatten(2).unflatten(1, (4, 2)), dim=2)
+    loss, tables = 0, F.normalize(model.quantizer.codebooks()[0], dim=-1)
+    for g, table in enumerate(tables):
+        rows = y[:, g].transpose(1, 2).flatten(0, 1)
+        p = (-torch.cdist(rows, table).square() / 0.01).softmax(-1)
+        mean = p.mean(0)
+        sharp, spread = -(p * p.clamp(min=1e-300).log()).sum(-1).mean(), -(mean * (mean + 1e-7).log()).sum()
+        loss += 1.25 * (table[out.indices[:, g].flatten()] - rows).square().mean() + 0.5 * (sharp - spread)
+    assert float(out.loss.detach()) == pytest.approx(float(loss.detach()) / 4, rel=1e-6)
+
+
+def test_fresh_weights():
+    model = small(widths=(16, 32), dim=64, code_dim=32, text_width=64)
+    bound = 8**-0.5 / 36
+    assert 0.9 * bound < float(model.quantizer.codebooks()[0].detach().abs().max()) <= bound
+    for layer, std in [
+        (model.encoder.blocks[0].mlp.w0, 0.02),
+        (model.post_quant_proj.attn.qkv, 0.02),
+        (model.encoder.patch_embed["backbone"].pool.proj, (2 / (9 * 64)) ** 0.5),
+        (model.decoder.up_conv1.conv, 0.5 * (2 / (9 * (64 + 32))) ** 0.5),
+    ]:
+        assert float(layer.weight.detach().std()) == pytest.approx(std, rel=0.1)
+        assert layer.bias is None or not layer.bias.any()
+    assert float(model.logit_scale.detach()) == pytest.approx(math.log(1 / 0.07))
+
+
+def test_a_causal_model_differs():
+    x = images(1, 3, 32, 32)
+    full, causal = small(), small(projection_causal=True)
+    causal.load_state_dict(full.state_dict())
+    assert not torch.allclose(causal.encode_features(x), full.encode_features(x))
+    features = torch.randn(1, 8, 2, 2)
+    assert not torch.allclose(causal.expand(features), full.expand(features))
+
+
 def test_gradients_against_finite_differences():
     """Through expansion, decoder and vectors, along a random direction; the quantizer's own gradients are its tests'."""
     model = small().double()
@@ -256,16 +295,19 @@ def test_gradients_against_finite_differences():
 
 
 def test_recomputing_in_backward_changes_nothing():
-    x, gradients = images(2, 3, 32, 32), []
+    x, gradients, calls = images(2, 3, 32, 32), [], []
     for enable in (False, True):
         model = small(drop_path=0.3).train()
         model.gradient_checkpointing_enable(enable)
+        calls.append([])
+        model.encoder.blocks[0].norm1.register_forward_hook(lambda *_: calls[-1].append(1))
         torch.manual_seed(5)
         out = model(x)
         (out.images.mean() + out.loss).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
         assert float(model.quantizer.codebook.hits.sum()) == 2 * 4 * 4
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+    assert [len(c) for c in calls] == [1, 2]
 
 
 def test_half_precision_keeps_one_definition_of_tokens():
