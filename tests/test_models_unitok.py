@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_values import FOLDER, Case, image, value
+from tokenflow.models import Tokenizer
 from tokenflow.models.checkpoint import read
 from tokenflow.models.unitok import PRESETS, Config, UniTok
 from tokenflow.models.unitok_checkpoint import load_clip
@@ -147,6 +148,7 @@ def test_released_file(tmp_path, capsys, changes):
     x = images(2, 3, 64, 64)
     assert not loaded.training and torch.equal(loaded.reconstruct(x), model.reconstruct(x))
     assert torch.equal(loaded.encode_image(x), model.encode_image(x))
+    assert type(Tokenizer.from_checkpoint(tmp_path / "unitok.pth", quiet=True)) is UniTok
     other = UniTok.from_checkpoint(tmp_path / "unitok.pth", heads=1, quiet=True)
     assert not torch.allclose(other.encode_features(x), model.encode_features(x))
     with pytest.raises(TypeError, match="head_count: wanted a field of Config"):
@@ -178,8 +180,8 @@ def test_files_that_are_refused(tmp_path):
 def test_saved_model(tmp_path):
     model = small(projection_causal=True)
     model.save_pretrained(tmp_path)
-    loaded = UniTok.from_pretrained(tmp_path)
-    assert loaded.config == model.config and loaded.config.widths == (4, 8)
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is UniTok and loaded.config == model.config and loaded.config.widths == (4, 8)
     x = images(1, 3, 32, 48)
     assert torch.equal(loaded.encode(x), model.encode(x)) and torch.equal(loaded.reconstruct(x), model.reconstruct(x))
 

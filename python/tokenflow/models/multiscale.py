@@ -81,12 +81,23 @@ class MultiScaleTokenizer(Tokenizer):
     def codes(self, indices: Tensor) -> Tensor:
         return self.quantizer.decode(indices, size=self.grid)
 
+    def split(self, indices: Tensor) -> list[Tensor]:
+        return self.quantizer.split(indices)
+
     def summary(self) -> dict[str, str]:
         height, width = self.grid
         scales = [_pair(s) for s in self.config.scales]
         tables = self.quantizer.codebooks()
+        others = {
+            name: config.image_size
+            for name, config in self.presets.items()
+            if config != self.config
+            and config == replace(self.config, image_size=config.image_size, scales=config.scales)
+        }
+        same = {"also": ", ".join(f"{name} by resize({size})" for name, size in others.items())} if others else {}
         return {
             **super().summary(),
+            **same,
             "grid": f"{height} x {width}",
             "scales": ", ".join(str(h) if h == w else f"{h} x {w}" for h, w in scales),
             "tokens": f"{sum(h * w for h, w in scales)} an image",

@@ -9,11 +9,15 @@ tokens: those of its own features.
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import tempfile
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 
 from tokenflow.errors import Missing
 from tokenflow.models import checkpoint
+from tokenflow.models.image_processor import ImageProcessor
 from tokenflow_ext.quantize import Quantized
 
 FILES = ("config.json", "model.safetensors")
@@ -36,7 +41,9 @@ class Output(NamedTuple):
 
 
 class Tokenizer(nn.Module):
-    """A tokenizer for images. A subclass sets the class attributes, makes its networks and `self.quantizer` (which has
+    """A tokenizer for images: the class itself reads presets, folders and files of every one of its subclasses that is imported.
+
+    A subclass sets the class attributes, makes its networks and `self.quantizer` (which has
     `forward`, `encode` and `decode`), and defines `encode_features`, `decode_features`, `image_size` and, where its authors
     released files, `recognise` and `convert`.
 
@@ -59,15 +66,23 @@ class Tokenizer(nn.Module):
         self.config = config
 
     @classmethod
+    def kinds(cls) -> dict[str, type[typing.Self]]:
+        """This class by its kind, or where it has none, its subclasses by theirs."""
+        if hasattr(cls, "kind"):
+            return {cls.kind: cls}
+        return {kind: found for child in cls.__subclasses__() for kind, found in child.kinds().items()}
+
+    @classmethod
     def from_preset(cls, name: str) -> typing.Self:
         """A fresh model of a named size.
 
         Raises:
             ValueError: no preset has that name.
         """
-        if name not in cls.presets:
-            raise ValueError(f"from_preset: name: wanted one of {', '.join(cls.presets)}, got {name!r}")
-        return cls(cls.presets[name])
+        owners = {preset: kind for kind in cls.kinds().values() for preset in kind.presets}
+        if name not in owners:
+            raise ValueError(f"from_preset: name: wanted one of {', '.join(owners)}, got {name!r}")
+        return owners[name](owners[name].presets[name])
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, quiet: bool = False, **changes: Any) -> typing.Self:
@@ -87,20 +102,30 @@ class Tokenizer(nn.Module):
             TypeError: the config has no such field.
             ValueError: another kind of file, or of model.
         """
-        state, place = checkpoint.read(path, cls.places)
-        config = _changed(cls.recognise(state), changes)
-        converted = cls.convert(state, config)
-        model = cls(config)
-        checkpoint.fit(converted, model, path)
-        if not quiet:
-            where = f' (under "{place}")' if place else ""
-            dropped = {"dropped": checkpoint.dropped_lines(converted.dropped)}
-            assumed = ", ".join(f"{name} {getattr(config, name)}" for name in cls.assumed if name not in changes)
-            given = ", ".join(f"{name} {value}" for name, value in changes.items())
-            said = {"assumed": f"{assumed} (weights do not tell)"} if assumed else {}
-            said |= {"given": given} if given else {}
-            print(checkpoint.table({"file": f"{path}{where}", **model.summary(), **said, **dropped}))
-        return model.eval()
+        kinds, refusals = cls.kinds().values(), []
+        state, place = checkpoint.read(path, tuple(dict.fromkeys(place for kind in kinds for place in kind.places)))
+        for kind in kinds:
+            try:
+                recognised = kind.recognise(state)
+            except ValueError as error:
+                refusals.append(error)
+                continue
+            config = _changed(recognised, changes)
+            model, converted = kind(config), kind.convert(state, config)
+            checkpoint.fit(converted, model, path)
+            if not quiet:
+                where = f' (under "{place}")' if place else ""
+                dropped = {"dropped": checkpoint.dropped_lines(converted.dropped)}
+                assumed = ", ".join(f"{name} {getattr(config, name)}" for name in kind.assumed if name not in changes)
+                given = ", ".join(f"{name} {value}" for name, value in changes.items())
+                said = {"assumed": f"{assumed} (weights do not tell)"} if assumed else {}
+                said |= {"given": given} if given else {}
+                print(checkpoint.table({"file": f"{path}{where}", **model.summary(), **said, **dropped}))
+            return model.eval()
+        if len(refusals) == 1:
+            raise refusals[0]
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"from_checkpoint: path: wanted the weights of a {names}, got {path} with other names")
 
     @classmethod
     def recognise(cls, state: Mapping[str, Tensor]) -> Any:
@@ -123,13 +148,13 @@ class Tokenizer(nn.Module):
         return {
             "model": f"{type(self).__name__}, {names[0] if names else 'of no preset'}",
             "images": f"{height} x {width}",
-            "parameters": f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f} M",
+            "weights": f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f} M parameters",
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`."""
+        """Write config.json, model.safetensors and preprocessor_config.json into `folder`."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.image_processor().save_pretrained(folder)
         (folder / FILES[0]).write_text(json.dumps({"model": self.kind, **asdict(self.config)}, indent=2) + "\n")
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / FILES[1])
 
@@ -146,7 +171,7 @@ class Tokenizer(nn.Module):
         """The model that `save_pretrained` wrote, in eval mode.
 
         Args:
-            name: a folder, or a repository "owner/name" of the Hugging Face hub.
+            name: a folder, or as a string that is no folder, a repository "owner/name" of the Hugging Face hub.
             revision: branch, tag or commit of the repository.
             cache_dir: the hub's cache.
             token: for a private repository.
@@ -159,19 +184,38 @@ class Tokenizer(nn.Module):
         """
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = Path(name)
-        if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-            folder = _snapshot(str(name), options)
+        if isinstance(name, str) and not folder.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            folder = _snapshot(name, options)
         for file in FILES:
             if not (folder / file).exists():
                 raise FileNotFoundError(
                     f"from_pretrained: name: wanted a folder with {' and '.join(FILES)}, got {folder} without {file}"
                 )
         values = json.loads((folder / FILES[0]).read_text())
-        if values.pop("model", None) != cls.kind:
-            raise ValueError(f"from_pretrained: name: wanted a {cls.kind} model, got another in {folder / FILES[0]}")
-        model = cls(from_json(cls.config_type, values))
+        kind = cls.kinds().get(values.pop("model", None))
+        if kind is None:
+            wanted = " or ".join(cls.kinds())
+            raise ValueError(f"from_pretrained: name: wanted a {wanted} model, got another in {folder / FILES[0]}")
+        model = kind(from_json(kind.config_type, values))
         model.load_state_dict(load_file(folder / FILES[1]))
         return model.eval()
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to the repository "owner/name" of the Hugging Face hub; returns its address.
+
+        Raises:
+            Missing: huggingface_hub is not installed.
+        """
+        api = _hub(name).HfApi(token=token)
+        address = str(api.create_repo(name, private=private, exist_ok=True))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"{type(self).__name__} from tokenflow")
+        return address
+
+    def image_processor(self) -> ImageProcessor:
+        """What makes pictures of any size into images for this model."""
+        return ImageProcessor(self.image_size)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -212,6 +256,10 @@ class Tokenizer(nn.Module):
     def codes(self, indices: Tensor) -> Tensor:
         """The quantized features of token ids."""
         return self.quantizer.decode(indices)
+
+    def split(self, indices: Tensor) -> list[Tensor]:
+        """Token ids [B, L] as one map [B, h, w] a scale, where there are scales."""
+        return [indices]
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
@@ -284,16 +332,19 @@ def full(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _snapshot(name: str, options: dict[str, Any]) -> Path:
+def _hub(name: str) -> ModuleType:
     try:
-        from huggingface_hub import snapshot_download
+        return importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise Missing(
-            f"from_pretrained: name: {name} is no folder, and taking it from the Hugging Face hub needs huggingface_hub: "
-            "pip install huggingface_hub"
+            f"{name} is no folder here, and the Hugging Face hub needs: pip install huggingface_hub"
         ) from error
+
+
+def _snapshot(name: str, options: dict[str, Any]) -> Path:
+    hub = _hub(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES), **options))
+        return Path(hub.snapshot_download(name, allow_patterns=list(FILES), **options))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(

@@ -211,6 +211,10 @@ class UniTok(Tokenizer):
         ids = indices.transpose(1, 2).unflatten(1, (height, width))
         return self.quantizer.decode(ids if groups > 1 else ids.squeeze(-1))
 
+    def split(self, indices: Tensor) -> list[Tensor]:
+        """Token ids [B, G, L] as one row [B, L] a group."""
+        return list(indices.unbind(1))
+
     @torch.no_grad()
     def decode(self, indices: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Images [B, 3, 16 h, 16 w] in [-1, 1] from token ids [B, G, L].
