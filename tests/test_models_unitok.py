@@ -220,6 +220,13 @@ def test_tokens_land_on_their_grid():
     assert row < 16 and column > 96, "token 7 of a 2 x 8 grid is the last of the first row"
 
 
+def test_summary_and_processor():
+    model = small(image_size=(64, 96))
+    assert model.image_size == (64, 96) and model.summary()["tokens"].startswith("24 an image, each of 4 ids below 32")
+    assert model.image_processor().size == (64, 96)
+    assert [row.shape for row in model.split(model.encode(images(2, 3, 64, 96)))] == [(2, 24)] * 4
+
+
 def test_batches_do_not_mix():
     model, x = small(), images(3, 3, 32, 48)
     assert torch.equal(model.encode(x)[1:2], model.encode(x[1:2]))
@@ -351,12 +358,15 @@ def test_starting_from_a_clip():
     (lambda m: m.decode(torch.zeros(1, 3, 4, dtype=torch.int64)), ValueError, r"wanted \[B, 4, L\], got \[1, 3, 4\]"),
     (lambda m: m.decode(torch.zeros(1, 4, 6, dtype=torch.int64)), ValueError, r"h \* w = 6, got None"),
     (lambda m: m.decode(torch.zeros(1, 4, 6, dtype=torch.int64), (2, 2)), ValueError, r"h \* w = 6, got \(2, 2\)"),
+    (lambda m: m.decode(torch.zeros(1, 4, 6, dtype=torch.int64), (2.0, 3.0)), ValueError, r"got \(2.0, 3.0\)"),
+    (lambda m: m.decode(torch.zeros(1, 4, 0, dtype=torch.int64)), ValueError, r"h \* w = 0, got None"),
     (lambda m: m.decode(torch.full((1, 4, 4), 32)), ValueError, "32"),
     (lambda m: m.decode(torch.zeros(1, 4, 4)), TypeError, "float32"),
     (lambda m: m.decode_features(torch.zeros(1, 4, 2, 2)), ValueError, r"wanted \[B, 8, h, w\]"),
     (lambda m: m.encode_text(torch.zeros(1, 9)), TypeError, "wanted integers"),
     (lambda m: m.encode_text(torch.zeros(1, 10, dtype=torch.int64)), ValueError, r"L in 1..9, got \[1, 10\]"),
     (lambda m: UniTok(dataclasses.replace(SMALL, projection="mlp")), ValueError, "projection: wanted one of attention"),
+    (lambda m: UniTok(dataclasses.replace(SMALL, image_size=40)), ValueError, "image_size: wanted multiples of 16, got 40"),
     (lambda m: UniTok(dataclasses.replace(SMALL, heads=3)), ValueError, "heads: wanted a divisor of dim 16"),
     (lambda m: UniTok.from_preset("unitok-xl"), ValueError, "unitok-b"),
     (lambda m: read(FOLDER / "unitok_model.json"), ValueError, "wanted"),

@@ -41,7 +41,7 @@ class Config:
     networks take other sizes. `drop_path` is the rate of the last block of encoder and decoder in training.
     """
 
-    image_size: int = 256
+    image_size: int | tuple[int, int] = 256
     widths: tuple[int, int] = (160, 320)
     dim: int = 1024
     depth: int = 31
@@ -108,6 +108,8 @@ class UniTok(Tokenizer):
         c = config
         if c.projection not in PROJECTIONS:
             raise ValueError(f"UniTok: projection: wanted one of {', '.join(PROJECTIONS)}, got {c.projection!r}")
+        if any(not isinstance(side, int) or side < PATCH or side % PATCH for side in self.image_size):
+            raise ValueError(f"UniTok: image_size: wanted multiples of {PATCH}, got {c.image_size!r}")
         tower = {"depth": c.depth, "heads": c.heads, "drop_path": c.drop_path}
         self.encoder = ViTamin(c.widths, c.dim, **tower)
         self.quant_proj = self._projection(c.dim, c.code_dim)
@@ -206,7 +208,7 @@ class UniTok(Tokenizer):
         length = indices.shape[2]
         side = math.isqrt(length)
         height, width = (side, side) if grid is None else grid
-        if height * width != length:
+        if not all(isinstance(n, int) and n > 0 for n in (height, width)) or height * width != length:
             raise ValueError(f"decode: grid: wanted (h, w) with h * w = {length}, got {grid}")
         ids = indices.transpose(1, 2).unflatten(1, (height, width))
         return self.quantizer.decode(ids if groups > 1 else ids.squeeze(-1))
@@ -281,7 +283,7 @@ class UniTok(Tokenizer):
     def summary(self) -> dict[str, str]:
         """Rows about the model for a reader."""
         c = self.config
-        tokens = (c.image_size // PATCH) ** 2
+        tokens = math.prod(side // PATCH for side in self.image_size)
         return {
             **super().summary(),
             "tokens": f"{tokens} an image, each of {c.groups} ids below {c.codebook_size}, {c.code_dim} channels",
