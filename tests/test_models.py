@@ -133,6 +133,18 @@ def test_a_whole_model(name):
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
+def test_pixels_are_seen_at_four_a_cell_whatever_the_patch():
+    model = small(SIGLIP)
+    images = images_of(model)
+    seen = F.interpolate(images, (16, 16), mode="bicubic", align_corners=False)
+    features = model.encode_features(images)
+    torch.testing.assert_close(features[:, 6:], model.pixel_encoder(seen))
+    decoded = model.pixel_decoder(features[:, 6:])
+    expected = F.interpolate(decoded, (23, 23), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model.decode_features(features), expected)
+    assert decoded.shape[2:] == (16, 16)
+
+
 def test_siglip_sees_clamped_images_and_clip_sees_them_as_they_are():
     for name, same in (("siglip", True), ("clip", False)):
         encoder = small(CONFIGS[name]).semantic_encoder
@@ -167,11 +179,11 @@ def test_other_sizes_and_scales(name):
 
 def test_vqvae_at_other_sizes():
     model = VQVAE(VQVAE.recognise(small_file("var_vqvae"))).eval()
-    model.resize((32, 64), scales=(1, (1, 2), (2, 4)))
+    model.resize((32, 64), scales=(1, (1, 2), (2, 2), (2, 4)))
     images = images_of(model)
-    assert model.encode(images).shape == (2, 1 + 2 + 8) and model.reconstruct(images).shape == images.shape
-    assert model.quantizer.phi_assignment == [0, 1, 3] and model.train()(images).loss.requires_grad
-    assert model.encode(images[:0]).shape == (0, 11) and model.reconstruct(images[:0]).shape == (0, 3, 32, 64)
+    assert model.encode(images).shape == (2, 1 + 2 + 4 + 8) and model.reconstruct(images).shape == images.shape
+    assert model.quantizer.phi_assignment == [0, 1, 2, 3] and model.train()(images).loss.requires_grad
+    assert model.encode(images[:0]).shape == (0, 15) and model.reconstruct(images[:0]).shape == (0, 3, 32, 64)
     with pytest.raises(ValueError, match="multiples of 16"):
         model.resize(40)
     with pytest.raises(ValueError, match=r"wanted \[B, 4, h, w\]"):
