@@ -73,7 +73,7 @@ def reconstruct(paths: Sequence[Path], name: str, out: Path) -> None:
         decoded = model.decode(indices)
         target = out / f"{path.stem}.png"
         pil_image(torch.cat([image[0], decoded[0]], dim=2)).save(target)
-        tqdm.write(f"{target}: {indices.shape[1]} tokens, {psnr(decoded, image).item():.2f} dB")
+        tqdm.write(f"{target}: {indices.shape[-1]} tokens, {psnr(decoded, image).item():.2f} dB")
 
 
 def encode(paths: Sequence[Path], name: str, out: Path | None) -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenflow.models.upsample import UpConv
+
 
 def norm(channels: int) -> nn.GroupNorm:
     """GroupNorm of 32 groups; fewer where the channels do not divide."""
@@ -73,16 +75,6 @@ class Down(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (0, 1, 0, 1)))
-
-
-class Up(nn.Conv2d):
-    """Nearest upsampling by two, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -163,7 +155,7 @@ class Decoder(nn.Module):
                 width,
                 blocks,
                 attention=i == 0,
-                resample=nn.Identity() if i == last else Up(width),
+                resample=nn.Identity() if i == last else UpConv(width, width),
             )
             for i, width in enumerate(widths)
         )

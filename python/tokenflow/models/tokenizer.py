@@ -15,7 +15,7 @@ import re
 import tempfile
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -52,12 +52,14 @@ class Tokenizer(nn.Module):
         config_type: a frozen dataclass of plain values, tuples and further such dataclasses.
         presets: name -> config.
         places: where a released file may hold the weights, see `checkpoint.read`.
+        assumed: fields of the config that change results and leave no trace in released weights, such as head counts.
     """
 
     kind: ClassVar[str]
     config_type: ClassVar[type]
     presets: ClassVar[Mapping[str, Any]]
     places: ClassVar[tuple[str, ...]] = ("ema", "model", "state_dict")
+    assumed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class Tokenizer(nn.Module):
         return owners[name](owners[name].presets[name])
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, quiet: bool = False) -> typing.Self:
+    def from_checkpoint(cls, path: str | Path, *, quiet: bool = False, **changes: Any) -> typing.Self:
         """The model in a file of its authors, in eval mode; prints what was found in it.
 
         The variant, its widths, grid and codebook are read from names and shapes. Loading is strict: each tensor is used, or
@@ -92,29 +94,37 @@ class Tokenizer(nn.Module):
         Args:
             path: a .pt, .pth or .safetensors file: a state dict, or a training checkpoint that holds one.
             quiet: print nothing.
+            changes: fields of the config, where the file's model differs from the published ones in what weights do not tell
+                (`assumed`): those are said in the table too.
 
         Raises:
             FileNotFoundError: no such file.
+            TypeError: the config has no such field.
             ValueError: another kind of file, or of model.
         """
-        refusals = []
-        for kind in cls.kinds().values():
-            state, place = checkpoint.read(path, kind.places)
+        kinds, refusals = cls.kinds().values(), []
+        state, place = checkpoint.read(path, tuple(dict.fromkeys(place for kind in kinds for place in kind.places)))
+        for kind in kinds:
             try:
-                config = kind.recognise(state)
+                recognised = kind.recognise(state)
             except ValueError as error:
                 refusals.append(error)
                 continue
+            config = _changed(recognised, changes)
             model, converted = kind(config), kind.convert(state, config)
             checkpoint.fit(converted, model, path)
             if not quiet:
                 where = f' (under "{place}")' if place else ""
                 dropped = {"dropped": checkpoint.dropped_lines(converted.dropped)}
-                print(checkpoint.table({"file": f"{path}{where}", **model.summary(), **dropped}))
+                assumed = ", ".join(f"{name} {getattr(config, name)}" for name in kind.assumed if name not in changes)
+                given = ", ".join(f"{name} {value}" for name, value in changes.items())
+                said = {"assumed": f"{assumed} (weights do not tell)"} if assumed else {}
+                said |= {"given": given} if given else {}
+                print(checkpoint.table({"file": f"{path}{where}", **model.summary(), **said, **dropped}))
             return model.eval()
         if len(refusals) == 1:
             raise refusals[0]
-        names = ", ".join(kind.__name__ for kind in cls.kinds().values())
+        names = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"from_checkpoint: path: wanted the weights of a {names}, got {path} with other names")
 
     @classmethod
@@ -229,7 +239,7 @@ class Tokenizer(nn.Module):
     def quantize(self, features: Tensor) -> Quantized:
         """The quantizer on features, in float32 (float64 for float64) whatever autocast says."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.quantizer(_full(features))
+            return self.quantizer(full(features))
 
     def forward(self, images: Tensor) -> NamedTuple:
         """Everything that training needs, from images [B, 3, H, W] in [-1, 1]."""
@@ -238,10 +248,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Token ids of images [B, 3, H, W] in [-1, 1]: [B, L], coarse scales first, or [B, L, G] for G codebooks."""
+        """Token ids of images [B, 3, H, W] in [-1, 1]: [B, L], coarse scales first, or [B, G, L] for G codebooks."""
         features = self.encode_features(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer.encode(_full(features))
+            return self.quantizer.encode(full(features))
 
     def codes(self, indices: Tensor) -> Tensor:
         """The quantized features of token ids."""
@@ -255,7 +265,7 @@ class Tokenizer(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] from token ids; a prefix of whole scales gives a coarser picture."""
         images = self.decode_features(self.codes(indices))
-        return _full(images).clamp(-1, 1)
+        return full(images).clamp(-1, 1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -304,11 +314,21 @@ def from_json(config_type: type, values: Mapping[str, Any]) -> Any:
     return config_type(**{name: restored(name, value) for name, value in values.items()})
 
 
+def _changed(config: Any, values: Mapping[str, Any]) -> Any:
+    unknown = sorted(set(values) - {f.name for f in fields(config)})
+    if unknown:
+        raise TypeError(
+            f"from_checkpoint: {unknown[0]}: wanted a field of {type(config).__qualname__}, got none of that name"
+        )
+    return replace(config, **values)
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _full(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or float64 if it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
