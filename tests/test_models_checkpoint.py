@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenflow.cli import main
 from tokenflow.models import VQVAE, TokenFlow, Tokenizer, checkpoint
 
-MODELS = {"var_vqvae": VQVAE, "tokenflow_b": TokenFlow, "tokenflow_xl": TokenFlow}
+MODELS = {"var_vqvae": VQVAE, "tokenflow_b": TokenFlow, "tokenflow_l": TokenFlow, "tokenflow_xl": TokenFlow}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -49,7 +49,22 @@ def test_a_released_file_becomes_a_model(file, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_what_weights_do_not_tell_is_said_and_can_be_given(file, capsys):
+    path, state, cls = file
+    cls.from_checkpoint(path)
+    said = capsys.readouterr().out
+    assert re.search(r"\nassumed .*image_size \d+, scales .*weights do not tell", said)
+    cell = 4 if "encoder_vqkd.vision_model.post_layernorm.bias" in state else 16
+    model = cls.from_checkpoint(path, image_size=(3 * cell, 5 * cell), commitment_weight=0.5)
+    said = capsys.readouterr().out
+    assert model.grid == (3, 5) and tuple(model.config.scales[-1]) == (3, 5)
+    assert re.search(r"\ngiven +image_size .*commitment_weight 0.5", said)
+    assert model.reconstruct(torch.zeros(1, 3, *model.image_size)).shape == (1, 3, 3 * cell, 5 * cell)
+    with pytest.raises(TypeError, match="colour"):
+        cls.from_checkpoint(path, colour="red")
+
+
+@pytest.mark.parametrize("name", ["var_vqvae", "tokenflow_b"])
 def test_where_weights_lie_in_a_file(name, tmp_path):
     good, other = small_file(name), {"weight": torch.zeros(3)}
     path = tmp_path / "x.pt"
