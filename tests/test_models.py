@@ -5,6 +5,7 @@ import importlib
 import json
 import pkgutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ CLIP = Config(image_size=16, scales=(1, 2, 4), **SIZES,
               tower=Tower("clip", width=24, depth=2, heads=3, hidden=40, patch=4, grid=4))  # fmt: skip
 SIGLIP = Config(image_size=23, scales=(1, 2, 3, 4), **SIZES,
                 tower=Tower("siglip", width=24, depth=2, heads=3, hidden=40, patch=5, grid=4))  # fmt: skip
-CONFIGS = {"clip": CLIP, "siglip": SIGLIP}
+VITAMIN = Config(image_size=64, scales=(1, 2, 4), **{**SIZES, "widths": (8, 8, 8, 8, 16), "decoder_widths": (8, 8, 8, 8, 16)},
+                 tower=Tower("vitamin", width=24, depth=2, heads=3, hidden=48, patch=16, grid=4, stages=(8, 16)))  # fmt: skip
+CONFIGS = {"clip": CLIP, "siglip": SIGLIP, "vitamin": VITAMIN}
 
 
 def small(config):
@@ -133,6 +136,29 @@ def test_a_whole_model(name):
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
+def test_pixels_are_seen_at_four_a_cell_whatever_the_patch():
+    model = small(SIGLIP)
+    images = images_of(model)
+    seen = F.interpolate(images, (16, 16), mode="bicubic", align_corners=False)
+    features = model.encode_features(images)
+    torch.testing.assert_close(features[:, 6:], model.pixel_encoder(seen))
+    decoded = model.pixel_decoder(features[:, 6:])
+    expected = F.interpolate(decoded, (23, 23), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model.decode_features(features), expected)
+    assert decoded.shape[2:] == (16, 16)
+
+
+def test_vitamin_sees_clips_normalisation():
+    encoder = small(VITAMIN).semantic_encoder
+    x = torch.rand(1, 3, 32, 48)
+    mean, deviation = (
+        torch.tensor(v).view(1, 3, 1, 1)
+        for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    )
+    rows = encoder.head(encoder.tower((x - mean) / deviation))
+    torch.testing.assert_close(encoder(2 * x - 1), rows.view(1, 2, 3, 6).permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
+
+
 def test_siglip_sees_clamped_images_and_clip_sees_them_as_they_are():
     for name, same in (("siglip", True), ("clip", False)):
         encoder = small(CONFIGS[name]).semantic_encoder
@@ -145,7 +171,8 @@ def test_other_sizes_and_scales(name):
     model = small(CONFIGS[name])
     patch = model.config.tower.patch
     assert model.resize(6 * patch).grid == (6, 6) and model.config.scales[-1] == 6
-    model.resize((3 * patch, 6 * patch + 1), scales=[1, (2, 3), (3, 6)])
+    more = 0 if name == "vitamin" else 1
+    model.resize((3 * patch, 6 * patch + more), scales=[1, (2, 3), (3, 6)])
     images = images_of(model)
     indices = model.encode(images)
     assert indices.shape == (2, 1 + 6 + 18) and model.reconstruct(images).shape == images.shape
@@ -157,7 +184,7 @@ def test_other_sizes_and_scales(name):
     there_and_back = small(CONFIGS[name]).resize(6 * patch).resize(before.config.image_size, before.config.scales)
     assert torch.equal(there_and_back.encode(images_of(before)), before.encode(images_of(before)))
     for size, scales, words in (
-        (patch - 1, None, "at least"),
+        (patch - 1, None, "at least|multiples"),
         (4 * patch, (1, 5), "1 to 4 x 4"),
         (4 * patch, (), "wanted"),
     ):
@@ -167,11 +194,11 @@ def test_other_sizes_and_scales(name):
 
 def test_vqvae_at_other_sizes():
     model = VQVAE(VQVAE.recognise(small_file("var_vqvae"))).eval()
-    model.resize((32, 64), scales=(1, (1, 2), (2, 4)))
+    model.resize((32, 64), scales=(1, (1, 2), (2, 2), (2, 4)))
     images = images_of(model)
-    assert model.encode(images).shape == (2, 1 + 2 + 8) and model.reconstruct(images).shape == images.shape
-    assert model.quantizer.phi_assignment == [0, 1, 3] and model.train()(images).loss.requires_grad
-    assert model.encode(images[:0]).shape == (0, 11) and model.reconstruct(images[:0]).shape == (0, 3, 32, 64)
+    assert model.encode(images).shape == (2, 1 + 2 + 4 + 8) and model.reconstruct(images).shape == images.shape
+    assert model.quantizer.phi_assignment == [0, 1, 2, 3] and model.train()(images).loss.requires_grad
+    assert model.encode(images[:0]).shape == (0, 15) and model.reconstruct(images[:0]).shape == (0, 3, 32, 64)
     with pytest.raises(ValueError, match="multiples of 16"):
         model.resize(40)
     with pytest.raises(ValueError, match=r"wanted \[B, 4, h, w\]"):
@@ -180,8 +207,9 @@ def test_vqvae_at_other_sizes():
 
 def test_the_demos_model_keeps_its_size():
     model = TokenFlow.from_preset("tokenflow-tiny")
-    with pytest.raises(ValueError, match="the size of this model"):
-        model.resize(128)
+    for size, scales in ((128, None), (64, (1, 2))):
+        with pytest.raises(ValueError, match="the size of this model"):
+            model.resize(size, scales)
 
 
 def test_half_precision_keeps_the_quantizer_and_the_last_layer_in_float32():
@@ -199,28 +227,47 @@ def test_half_precision_keeps_the_quantizer_and_the_last_layer_in_float32():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_and_loaded(name, tmp_path):
-    model = small(CONFIGS[name]).resize((20, 30), scales=(1, (2, 3)))
+    size = (32, 64) if name == "vitamin" else (20, 30)
+    model = small(CONFIGS[name]).resize(size, scales=(1, (2, 3)))
     model.save_pretrained(tmp_path)
     again = Tokenizer.from_pretrained(tmp_path)
     assert type(again) is TokenFlow and again.config == model.config and not again.training
     assert torch.equal(again.encode(images_of(model)), model.encode(images_of(model)))
-    assert ImageProcessor.from_pretrained(tmp_path).size == (20, 30)
+    assert ImageProcessor.from_pretrained(tmp_path).size == size
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "colour": 1}))
     with pytest.raises(ValueError, match="wanted fields of a Config, got colour"):
         TokenFlow.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**values, "model": "other"}))
-    with pytest.raises(ValueError, match="wanted a tokenflow or vqvae model"):
+    with pytest.raises(ValueError, match="wanted a tokenflow or .*vqvae.* model"):
         Tokenizer.from_pretrained(tmp_path)
 
 
+def test_sizes_that_cannot_be_are_told_when_the_model_is_made():
+    for changes, words in (
+        ({"scales": (1, 5)}, "TokenFlow: scales: wanted sides of 1 to 4 x 4 cells"),
+        ({"image_size": 3}, "TokenFlow: image_size: wanted at least 4 x 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            TokenFlow(replace(CLIP, **changes))
+    with pytest.raises(ValueError, match="VQVAE: image_size: wanted multiples of 16"):
+        VQVAE(replace(VQVAE.presets["var-vqvae"], image_size=250))
+
+
 def test_presets_are_listed():
-    published = {"tokenflow-tiny", "tokenflow-b", "tokenflow-b-enhanced", "tokenflow-b-256", "tokenflow-xl"}
+    published = {
+        "tokenflow-tiny",
+        "tokenflow-l",
+        "tokenflow-b",
+        "tokenflow-b-enhanced",
+        "tokenflow-b-256",
+        "tokenflow-xl",
+    }
     assert published <= set(PRESETS)
     with pytest.raises(ValueError, match="tokenflow-tiny, .*tokenflow-xl, .*var-vqvae"):
         Tokenizer.from_preset("tokenflow-xxl")
     assert type(Tokenizer.from_preset("tokenflow-tiny")) is TokenFlow
-    with pytest.raises(ValueError, match="wanted one of clip, siglip"):
+    with pytest.raises(ValueError, match="wanted one of clip, siglip, vitamin"):
         Tower("resnet", 8, 1, 1, 8, 4, 4).build()
 
 

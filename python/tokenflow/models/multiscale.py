@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,35 @@ class MultiScaleTokenizer(Tokenizer):
 
     quantizer: MultiScaleQuantizer
 
-    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def __init__(self, config: Any) -> None:
+        super().__init__(self.changed(config, {}))
+
+    @classmethod
+    def grid_of(cls, config: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the map of features of images of that size.
 
         Raises:
             ValueError: no such images.
         """
         raise NotImplementedError
+
+    @classmethod
+    def changed(cls, config: Any, values: Mapping[str, Any]) -> Any:
+        """Images of another size without scales of their own take `fitted_scales`.
+
+        Raises:
+            ValueError: sizes or scales that cannot be.
+        """
+        config = super().changed(config, values)
+        size = _pair(config.image_size)
+        grid = cls.grid_of(config, size)
+        scales = (
+            fitted_scales(config.scales, grid) if "image_size" in values and "scales" not in values else config.scales
+        )
+        scales = tuple(tuple(s) if isinstance(s, Sequence) else s for s in scales)
+        if any(min(p) < 1 or p[0] > grid[0] or p[1] > grid[1] for p in map(_pair, scales)) or not scales:
+            raise ValueError(f"{cls.__name__}: scales: wanted sides of 1 to {grid[0]} x {grid[1]} cells, got {scales}")
+        return replace(config, image_size=size[0] if size[0] == size[1] else size, scales=scales)
 
     def make_quantizer(self) -> MultiScaleQuantizer:
         """The quantizer of `self.config`, around the codebooks of the one that is there, if any."""
@@ -52,7 +75,7 @@ class MultiScaleTokenizer(Tokenizer):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the map of features."""
-        return self.grid_of(self.image_size)
+        return self.grid_of(self.config, self.image_size)
 
     def resize(self, image_size: int | tuple[int, int], scales: Scales | None = None) -> typing.Self:
         """The same weights for images of another size, or other scales; learned positions are stretched as they are used.
@@ -67,14 +90,8 @@ class MultiScaleTokenizer(Tokenizer):
         Example:
             TokenFlow.from_checkpoint("tokenflow_clipb_32k_enhanced.pt").resize(256)
         """
-        before = self.config
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        grid = self.grid_of(size)
-        scales = fitted_scales(self.config.scales, grid) if scales is None else scales
-        scales = tuple(tuple(s) if isinstance(s, Sequence) else s for s in scales)
-        if any(min(p) < 1 or p[0] > grid[0] or p[1] > grid[1] for p in map(_pair, scales)) or not scales:
-            raise ValueError(f"resize: scales: wanted sides of 1 to {grid[0]} x {grid[1]} cells, got {scales}")
-        self.config = replace(before, image_size=size[0] if size[0] == size[1] else size, scales=scales)
+        values = {"image_size": image_size} if scales is None else {"image_size": image_size, "scales": scales}
+        self.config = self.changed(self.config, values)
         self.quantizer = self.make_quantizer().train(self.training)
         return self
 
@@ -109,5 +126,5 @@ class MultiScaleTokenizer(Tokenizer):
         return torch.zeros(0, width, *self.grid, dtype=images.dtype, device=images.device)
 
 
-def _pair(scale: int | tuple[int, int]) -> tuple[int, int]:
-    return (scale, scale) if isinstance(scale, int) else scale
+def _pair(sides: int | Sequence[int]) -> tuple[int, int]:
+    return (sides, sides) if isinstance(sides, int) else tuple(sides)

@@ -92,6 +92,15 @@ PRESETS = {
     "tokenflow-b": PUBLISHED,
     "tokenflow-b-enhanced": ENHANCED,
     "tokenflow-b-256": replace(ENHANCED, image_size=256, scales=(*PUBLISHED.scales, 16)),
+    # The authors' code has these nine scales; the paper's table has a tenth, 3, for this model alone.
+    "tokenflow-l": replace(
+        PUBLISHED,
+        image_size=256,
+        scales=(*PUBLISHED.scales, 16),
+        teacher_dim=1152,
+        tower=Tower("vitamin", width=1152, depth=32, heads=16, hidden=2304, patch=16, grid=16, stages=(192, 384)),
+        decoder_grid=16,
+    ),
     "tokenflow-xl": replace(
         PUBLISHED,
         image_size=384,
@@ -129,10 +138,11 @@ class TokenFlow(MultiScaleTokenizer):
     kind = "tokenflow"
     config_type = Config
     presets = PRESETS
+    assumed = ("image_size", "scales", "decoder_heads")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        c = config
+        c = self.config
         if c.tower is None:
             side, (_, b, w) = c.scales[-1], c.widths
             self.pixel_encoder = tiny.pixel_encoder(c.pixel_dim, c.widths, side)
@@ -178,17 +188,24 @@ class TokenFlow(MultiScaleTokenizer):
             )
         return MultiScaleQuantizer(codes, c.scales, scale_dropout=c.scale_dropout)
 
-    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        if self.config.tower is None:
-            if image_size != self.image_size:
-                raise ValueError(
-                    f"resize: image_size: wanted {self.image_size}, the size of this model, got {image_size}"
-                )
-            return (self.config.scales[-1],) * 2
-        patch = self.config.tower.patch
-        if min(image_size) < patch:
-            raise ValueError(f"resize: image_size: wanted at least {patch} x {patch}, got {image_size}")
+    @classmethod
+    def grid_of(cls, config: Config, image_size: tuple[int, int]) -> tuple[int, int]:
+        if config.tower is None:
+            side = 4 * config.scales[-1]
+            if image_size != (side, side):
+                raise ValueError(f"TokenFlow: image_size: wanted {side}, the size of this model, got {image_size}")
+            return (config.scales[-1],) * 2
+        patch = config.tower.patch
+        if min(image_size) < patch or (config.tower.kind == "vitamin" and any(n % patch for n in image_size)):
+            wanted = f"multiples of {patch}" if config.tower.kind == "vitamin" else f"at least {patch} x {patch}"
+            raise ValueError(f"TokenFlow: image_size: wanted {wanted}, got {image_size}")
         return image_size[0] // patch, image_size[1] // patch
+
+    def summary(self) -> dict[str, str]:
+        tower, rows = self.config.tower, super().summary()
+        if tower is not None:
+            rows["tower"] = f"{tower.kind}, {tower.depth} blocks of {tower.width} channels in {tower.heads} heads"
+        return rows
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Features before the quantizer, semantic channels first: [B, 32, 16, 16] from images [B, 3, 64, 64] in [-1, 1].

@@ -17,9 +17,9 @@ from tokenflow.models.semantic import Tower
 if TYPE_CHECKING:
     from tokenflow.models.tokenflow import Config
 
-SCALES = {14: (1, 2, 4, 6, 8, 10, 12, 14), 27: (*range(1, 11), 12, 14, 17, 22, 27)}
+SCALES = {14: (1, 2, 4, 6, 8, 10, 12, 14), 16: (1, 2, 4, 6, 8, 10, 12, 14, 16), 27: (*range(1, 11), 12, 14, 17, 22, 27)}
 SIDES = {(14, 27): 384}  # SigLIP's 27 patches of 14 leave six pixels of 384 out.
-HEADS = {"clip": 12, "siglip": 16}
+HEADS = {"clip": 12, "siglip": 16, "vitamin": 16}
 
 PIXEL = [
     (r"^(encoder|decoder)\.", r"pixel_\1."),
@@ -54,6 +54,7 @@ SIGLIP = [
     (r"(\.tower\..*)\.self_attn\.out_proj\.", r"\1.out."),
     (r"(\.tower\..*)\.mlp\.fc", r"\1.fc"),
 ]
+VITAMIN = [(r"^encoder_vqkd\.(patch_embed|blocks)\.", r"semantic_encoder.tower.\1.")]
 SEMANTIC_DECODER = [
     (r"^decoder_vqkd\.cls_token$", "semantic_decoder.body.class_token"),
     (r"^decoder_vqkd\.pos_embed$", "semantic_decoder.body.positions"),
@@ -71,7 +72,7 @@ REST = [
     (r"^quantize\.embedding_vqkd\.weight$", "quantizer.quantizer.codebook.table_0"),
     (r"^quantize\.embedding_vqgan\.weight$", "quantizer.quantizer.codebook.table_1"),
 ]
-RULES = [*PIXEL, *CLIP, *SIGLIP, *SEMANTIC_DECODER, *REST]
+RULES = [*PIXEL, *CLIP, *SIGLIP, *VITAMIN, *SEMANTIC_DECODER, *REST]
 DROPS = [
     (r"quantize\.codebook_used", "codes that training last chose"),
     (r"scaling_layer\.(shift|scale)", "constants of the tower's normalisation"),
@@ -88,6 +89,13 @@ def _tower(state: Mapping[str, Tensor]) -> Tower:
         hidden = state[f"{at}.encoder.layers.0.mlp.fc1.weight"].shape[0]
         grid = isqrt(state[f"{at}.embeddings.position_embedding.weight"].shape[0])
         return Tower("siglip", width, depth, HEADS["siglip"], hidden, patch, grid)
+    at = "encoder_vqkd.patch_embed.backbone"
+    if f"{at}.pool.proj.weight" in state:
+        width, last, _, _ = state[f"{at}.pool.proj.weight"].shape
+        depth = count(state, r"encoder_vqkd\.blocks\.(\d+)\.")
+        grid = isqrt(state["decoder_vqkd.pos_embed"].shape[1] - 1)
+        stages = (state[f"{at}.stem.conv1.weight"].shape[0], last)
+        return Tower("vitamin", width, depth, HEADS["vitamin"], 2 * width, 16, grid, stages)
     width, _, patch, _ = state["encoder_vqkd.conv1.weight"].shape
     depth = count(state, r"encoder_vqkd\.transformer\.resblocks\.(\d+)\.")
     hidden = state["encoder_vqkd.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]

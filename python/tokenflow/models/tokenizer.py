@@ -110,7 +110,7 @@ class Tokenizer(nn.Module):
             except ValueError as error:
                 refusals.append(error)
                 continue
-            config = _changed(recognised, changes)
+            config = kind.changed(recognised, changes)
             model, converted = kind(config), kind.convert(state, config)
             checkpoint.fit(converted, model, path)
             if not quiet:
@@ -135,6 +135,16 @@ class Tokenizer(nn.Module):
             ValueError: they are those of another model.
         """
         raise ValueError(f"from_checkpoint: {cls.__name__} has no released files to read")
+
+    @classmethod
+    def changed(cls, config: Any, values: Mapping[str, Any]) -> Any:
+        """The config with other values in some fields, and what follows from them."""
+        unknown = sorted(set(values) - {f.name for f in fields(config)})
+        if unknown:
+            raise TypeError(
+                f"from_checkpoint: {unknown[0]}: wanted a field of {type(config).__qualname__}, got none of that name"
+            )
+        return replace(config, **values)
 
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], config: Any) -> checkpoint.Converted:
@@ -312,15 +322,6 @@ def from_json(config_type: type, values: Mapping[str, Any]) -> Any:
         return _tuples(value)
 
     return config_type(**{name: restored(name, value) for name, value in values.items()})
-
-
-def _changed(config: Any, values: Mapping[str, Any]) -> Any:
-    unknown = sorted(set(values) - {f.name for f in fields(config)})
-    if unknown:
-        raise TypeError(
-            f"from_checkpoint: {unknown[0]}: wanted a field of {type(config).__qualname__}, got none of that name"
-        )
-    return replace(config, **values)
 
 
 def _tuples(value: Any) -> Any:

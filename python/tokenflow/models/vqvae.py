@@ -102,10 +102,11 @@ class VQVAE(MultiScaleTokenizer):
     kind = "vqvae"
     config_type = Config
     presets = PRESETS
+    assumed = ("image_size", "scales", "phi_ratio")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        c, shared = config, {"latent": config.dim, "project": 3}
+        c, shared = self.config, {"latent": config.dim, "project": 3}
         self.encoder = conv.Encoder(c.dim, c.widths, blocks=c.encoder_blocks, **shared)
         self.decoder = conv.Decoder(c.dim, c.widths, blocks=c.decoder_blocks, **shared)
         self.quantizer = self.make_quantizer()
@@ -122,10 +123,11 @@ class VQVAE(MultiScaleTokenizer):
         phi = (weight, bias, c.phi_ratio, phi_assignment(c.phis, len(c.scales)))
         return MultiScaleQuantizer(codes, c.scales, phi=phi, loss_on="accumulated")
 
-    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        cell = 2 ** (len(self.config.widths) - 1)
+    @classmethod
+    def grid_of(cls, config: Config, image_size: tuple[int, int]) -> tuple[int, int]:
+        cell = 2 ** (len(config.widths) - 1)
         if min(image_size) < cell or image_size[0] % cell or image_size[1] % cell:
-            raise ValueError(f"resize: image_size: wanted multiples of {cell}, got {image_size}")
+            raise ValueError(f"VQVAE: image_size: wanted multiples of {cell}, got {image_size}")
         return image_size[0] // cell, image_size[1] // cell
 
     @classmethod
