@@ -327,6 +327,12 @@ def test_recomputing_in_backward_changes_nothing():
     assert [len(c) for c in calls] == [1, 2]
 
 
+def test_compiles_without_a_break():
+    model, x = small(depth=1).train(), images(2, 3, 32, 48)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x).indices, model(x).indices)
+
+
 def test_half_precision_keeps_one_definition_of_tokens():
     model, x = small(), images(2, 3, 32, 32)
     half = small().bfloat16()
