@@ -1,16 +1,20 @@
-"""Every docstring example of the core runs."""
+"""Every docstring example of the core and of the models runs."""
 
 import doctest
 import importlib
 import pkgutil
 
 import pytest
+import tokenflow.models
 import torch
 
 import tokenflow_ext
 
 MODULES = [
-    m.name for m in pkgutil.walk_packages(tokenflow_ext.__path__, "tokenflow_ext.") if not m.name.endswith("._C")
+    m.name
+    for package in (tokenflow_ext, tokenflow.models)
+    for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not m.name.endswith("._C")
 ]
 
 

@@ -50,8 +50,8 @@ class Reconstruct:
 
     pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files."""
-    model: Path = OUT / "tokenizer"
-    """Folder of a trained tokenizer."""
+    model: str = str(OUT / "tokenizer")
+    """Folder of a trained tokenizer, a released checkpoint file, or a name on the Hugging Face hub."""
     out: Path = Path("reconstructed")
     """Folder for the results, one PNG a picture."""
 
@@ -67,8 +67,8 @@ class Encode:
 
     pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files."""
-    model: Path = OUT / "tokenizer"
-    """Folder of a trained tokenizer."""
+    model: str = str(OUT / "tokenizer")
+    """Folder of a trained tokenizer, a released checkpoint file, or a name on the Hugging Face hub."""
     out: Path | None = None
     """File for the lines; standard output without it."""
 
@@ -101,15 +101,17 @@ class Generate:
 
 @dataclass
 class Info:
-    """Say what is installed, and describe a trained tokenizer if there is one."""
+    """Say what is installed, and describe a checkpoint, or a trained tokenizer if there is one."""
 
-    model: Path = OUT / "tokenizer"
-    """Folder of a trained tokenizer."""
+    checkpoint: Annotated[str | None, tyro.conf.Positional] = None
+    """A released checkpoint file, a folder of a tokenizer, or a name on the Hugging Face hub."""
+    model: str = str(OUT / "tokenizer")
+    """Folder of a trained tokenizer, described where no checkpoint is named."""
 
     def run(self) -> None:
         from tokenflow.commands import info
 
-        info(self.model)
+        info(self.checkpoint or self.model, required=self.checkpoint is not None)
 
 
 def main(arguments: list[str] | None = None) -> None:

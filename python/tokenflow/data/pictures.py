@@ -89,12 +89,12 @@ class Pictures:
         return digest.hexdigest()[:12]
 
 
-def read_picture(source: Path | bytes, size: int = SIZE) -> Tensor:
-    """One image as uint8 [3, size, size]: composited on white, centre square, area-averaged down.
+def read_picture(source: Path | bytes, size: int | tuple[int, int] = SIZE) -> Tensor:
+    """One image as uint8 [3, h, w]: composited on white, cropped to the shape around its centre, area-averaged down.
 
     Args:
         source: a path, or the encoded bytes.
-        size: side of the result in pixels.
+        size: side of the result in pixels, or its height and width.
 
     Raises:
         OSError: the picture is broken or of an unknown format.
@@ -106,12 +106,14 @@ def read_picture(source: Path | bytes, size: int = SIZE) -> Tensor:
             raise OSError(f"broken picture: {error}") from error
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(white, image).convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC)
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = min(image.width / width, image.height / height)
+    crop = (max(1, round(width * scale)), max(1, round(height * scale)))
+    left, top = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
+    image = image.crop((left, top, left + crop[0], top + crop[1]))
+    if crop != (width, height):
+        image = image.resize((width, height), Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
 
 def skipped_sentence(skipped: Sequence[str], *, most: int = 20) -> str:

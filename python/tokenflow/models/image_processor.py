@@ -1,0 +1,165 @@
+"""Pictures of any size as the images a tokenizer reads: what transformers calls an image processor, without torchvision.
+
+resize the shorter side  ->  crop the centre  ->  x / 255  ->  (x - mean) / std
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+FILE = "preprocessor_config.json"
+
+
+class Batch(dict):
+    """A dict whose entries are attributes as well.
+
+    Example:
+        >>> Batch(pixel_values=torch.zeros(1)).to(torch.float64).pixel_values.dtype
+        torch.float64
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+    def to(self, *args: Any, **keywords: Any) -> Batch:
+        """Every tensor moved or converted as `Tensor.to` does."""
+        return Batch({name: value.to(*args, **keywords) for name, value in self.items()})
+
+
+class ImageProcessor:
+    """Resize, crop and normalise to [-1, 1].
+
+    Args:
+        size: side of the images, or height and width.
+        resample: a filter of Pillow; bicubic by default.
+        image_mean: subtracted from values in [0, 1].
+        image_std: divides the rest.
+
+    Example:
+        >>> processor = ImageProcessor(32)
+        >>> processor(Image.new("RGB", (64, 48), "white")).pixel_values.shape
+        torch.Size([1, 3, 32, 32])
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        *,
+        resample: int = Image.Resampling.BICUBIC,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"ImageProcessor: size: wanted a side, or height and width, got {size}")
+        self.resample = Image.Resampling(resample)
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+
+    def preprocess(self, images: Any, return_tensors: str = "pt") -> Batch:
+        """Images as `pixel_values` [B, 3, H, W], float32.
+
+        Args:
+            images: one or a list of: a picture of Pillow (transparency becomes white), uint8 [3, H, W] (or a batch of them) as a
+                tensor, uint8 [H, W, 3] as an array.
+            return_tensors: "pt".
+
+        Raises:
+            TypeError, ValueError: something else.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f'ImageProcessor: return_tensors: wanted "pt", got {return_tensors!r}')
+        if not isinstance(images, list | tuple) and not (hasattr(images, "ndim") and images.ndim == 4):
+            images = [images]
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.image_mean, self.image_std))
+        if len(images) == 0:
+            return Batch(pixel_values=torch.zeros(0, 3, *self.size))
+        pixels = torch.stack([self._pixels(_picture(image)) for image in images])
+        return Batch(pixel_values=(pixels.float() / 255 - mean) / std)
+
+    __call__ = preprocess
+
+    def _pixels(self, image: Image.Image) -> Tensor:
+        height, width = self.size
+        scale = max(height / image.height, width / image.width)
+        if scale != 1:
+            grown = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+            image = image.resize(grown, self.resample)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+
+    def postprocess(self, images: Tensor) -> list[Image.Image]:
+        """Pictures of Pillow from images [B, 3, H, W] of `decode`."""
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.image_mean, self.image_std))
+        pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255).byte()
+        return [Image.fromarray(p.permute(1, 2, 0).cpu().contiguous().numpy()) for p in pixels]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings under transformers' names."""
+        height, width = self.size
+        square = height == width
+        return {
+            "image_processor_type": type(self).__name__,
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": height} if square else {"height": height, "width": width},
+            "resample": int(self.resample),
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ImageProcessor:
+        """The processor that `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: the folder lacks preprocessor_config.json.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"from_pretrained: folder: wanted a folder with {FILE}, got {folder}")
+        values = json.loads(path.read_text())
+        crop = values["crop_size"]
+        names = ("resample", "image_mean", "image_std")
+        return cls((crop["height"], crop["width"]), **{name: values[name] for name in names})
+
+
+def _picture(image: Any) -> Image.Image:
+    if isinstance(image, Tensor):
+        image = image.movedim(0, -1).cpu().contiguous().numpy() if image.ndim == 3 else image
+    if not isinstance(image, Image.Image):
+        if not hasattr(image, "dtype") or str(image.dtype).removeprefix("torch.") != "uint8" or image.ndim != 3:
+            what = f"{image.dtype} {list(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
+            raise TypeError(
+                f"ImageProcessor: images: wanted pictures of Pillow or uint8 with three channels, got {what}"
+            )
+        if image.shape[2] != 3:
+            raise ValueError(f"ImageProcessor: images: wanted three channels, got an image {list(image.shape)}")
+        image = Image.fromarray(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
