@@ -7,8 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent
 EMULATED = (
-    "entropy_loss golden lookup multiscale multiscale_golden nearest_code normalize quantize shared soft_quantize statistics"
-    " var_golden"
+    "compat_unitok compat_var entropy_loss golden lookup multiscale multiscale_golden nearest_code normalize quantize"
+    " related_golden shared soft_quantize statistics var_golden"
 ).split()
 """The suites that `pytest --emulated` runs: those of the ops with a CUDA kernel, against published values too."""
 NOT_EMULATED = {
