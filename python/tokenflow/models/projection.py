@@ -18,7 +18,7 @@ from tokenflow.models.vitamin import GeGLU
 
 
 class ProjectionAttention(nn.Module):
-    """Attention [B, L, dim] -> [B, L, out] whose keys have no bias."""
+    """Attention [B, L, dim] -> [B, L, out]; keys have no bias, as one would move all scores of a row alike."""
 
     def __init__(self, dim: int, out: int, heads: int, causal: bool) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """UniTok's released files, and CLIP's, in our names: nearly the authors' own; only the codebooks are stacked.
 
-Left out on purpose: usage counters, and placeholders that are zero in every released file (a file where they are not is
-refused, because this code would compute something else).
+Left out on purpose: usage counters; a bias of the projections' keys, zero as published, which moves all scores of a row alike and
+so changes no attention; and the encoder's position embedding, a zero that was never trained. A file where that is not zero is
+refused, because this code would compute something else.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from tokenflow.models import checkpoint
 
 TABLES = "quantizer.codebook.table_0"
 CODEBOOK = r"quantizer?\.codebooks\.(\d+)\.codebook\.weight"
-ZEROS = r"encoder\.pos_embed|.*\.zero_k_bias"
-DROPS = [(r"quantizer?\.codebooks\.\d+\.vocab_usage", "usage counters of training"), (ZEROS, "always zero")]
+POSITIONS = "encoder.pos_embed"
+DROPS = [
+    (r"quantizer?\.codebooks\.\d+\.vocab_usage", "usage counters of training"),
+    (r".*\.zero_k_bias", "a bias of keys changes no attention"),
+    (POSITIONS, "zero, never trained"),
+]
 
 
 def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -64,13 +69,10 @@ def convert(state: Mapping[str, Tensor]) -> checkpoint.Converted:
     """Released weights under our names.
 
     Raises:
-        ValueError: a placeholder that is not zero.
+        ValueError: a position embedding that is not zero.
     """
-    for name, value in state.items():
-        if re.fullmatch(ZEROS, name) and bool(value.any()):
-            raise ValueError(
-                f"from_checkpoint: path: wanted zeros in {name}, which published models never use, got others"
-            )
+    if POSITIONS in state and bool(state[POSITIONS].any()):
+        raise ValueError(f"from_checkpoint: path: wanted zeros in {POSITIONS}, as published, got others")
     converted = checkpoint.rename(state, [(rf"^{CODEBOOK}$", rf"{TABLES}[\1]")], DROPS)
     groups = sum(bool(re.fullmatch(CODEBOOK, name)) for name in state)
     if groups > 1:
@@ -94,7 +96,7 @@ def load_clip(model: torch.nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     unused, values = [], {}
     for name, value in state.items():
         new = re.sub(r"^text\.", "text_encoder.", re.sub(r"^visual\.trunk\.", "encoder.", name))
-        left_out = new == name or new == "encoder.pos_embed" or ".head." in new or new.endswith(".attn_mask")
+        left_out = new == name or new == POSITIONS or ".head." in new or new.endswith(".attn_mask")
         (unused.append(name) if left_out else values.__setitem__(new, value))
     wanted = {
         name: value for name, value in model.state_dict().items() if name.startswith(("encoder.", "text_encoder."))
