@@ -145,7 +145,7 @@ def test_update_none_moves_nothing_but_the_count():
     quantizer = build(update="none")
     before, (x,) = state(quantizer), leaves(normal(64, 12, seed=1))
     quantizer(x).loss.backward()
-    assert x.grad.any() and changed(quantizer, before) == {"codebook.hits"}
+    assert x.grad.any() and not changed(quantizer, before)
 
 
 @pytest.mark.parametrize("update", ["gradient", "ema"])
@@ -155,7 +155,7 @@ def test_freeze(update):
     quantizer.freeze()
     before, (x,) = state(quantizer), leaves(normal(64, 12, seed=2))
     quantizer(x).loss.backward()
-    assert changed(quantizer, before) == {"codebook.hits"}
+    assert not changed(quantizer, before)
     assert x.grad.any() and not any(t.requires_grad for t in quantizer.codebooks())
     still = build(update="none")
     still.load_state_dict(
@@ -264,7 +264,7 @@ def test_kmeans_init(kind):
     assert loss < 0.8 * random(x).loss and not bool(quantizer.codebook.needs_init)
     before = state(quantizer)
     quantizer(normal(50, 12))
-    assert changed(quantizer, before) == {"codebook.hits"}
+    assert not changed(quantizer, before)
     copied = build(kind, kmeans_init=True, update="none")
     copied.load_state_dict(quantizer.state_dict())
     copied(normal(50, 12))
@@ -414,7 +414,7 @@ def test_no_warning_in_an_ordinary_step():
 
 BAD = {
     "codes": ("codebook_size", ValueError, {"codebook_size": 0}),
-    "codes kind": ("codebook_size", ValueError, {"codebook_size": 2.5}),
+    "codes kind": ("codebook_size", TypeError, {"codebook_size": 2.5}),
     "metric": ("metric", ValueError, {"metric": "x"}),
     "update": ("update", ValueError, {"update": "sgd"}),
     "commitment": ("commitment_weight", ValueError, {"commitment_weight": -1.0}),
@@ -449,7 +449,7 @@ def test_bad_shapes():
     assert_sentence(ValueError, "VectorQuantizer", "dim", VectorQuantizer, 0, 4)
     assert_sentence(ValueError, "VectorQuantizer", "dim", VectorQuantizer, 12, 4, groups=5)
     assert_sentence(ValueError, "SharedIndexQuantizer", "dims", SharedIndexQuantizer, (), 4)
-    assert_sentence(ValueError, "SharedIndexQuantizer", "dims", SharedIndexQuantizer, 12, 4)
+    assert_sentence(TypeError, "SharedIndexQuantizer", "dims", SharedIndexQuantizer, 12, 4)
     assert_sentence(ValueError, "SharedIndexQuantizer", "weights", SharedIndexQuantizer, (8, 4), 4, weights=(1.0,))
     for kind, name in (("vector", "VectorQuantizer"), ("shared", "SharedIndexQuantizer")):
         for error, x in (

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 def pair(op: str, name: str, value) -> tuple[int, int]:
     """(h, w) from such a pair or from an int n, which stands for (n, n)."""
     both = (value, value) if isinstance(value, int) else value
-    if not isinstance(both, Sequence) or len(both) != 2 or not all(isinstance(n, int) for n in both):
+    if (
+        not isinstance(both, Sequence)
+        or len(both) != 2
+        or any(isinstance(n, bool) or not isinstance(n, int) for n in both)
+    ):
         raise TypeError(f"{op}: {name}: wanted an int or a pair (h, w), got {value!r}")
     if min(both) < 1:
         raise ValueError(f"{op}: {name}: wanted at least 1, got {value!r}")

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.utils._pytree
 
 
 class Quantized(NamedTuple):
@@ -18,3 +19,7 @@ class Quantized(NamedTuple):
     quantized: torch.Tensor | tuple[torch.Tensor, ...]
     indices: torch.Tensor
     loss: torch.Tensor
+
+
+# torch.export.save writes results by this name.
+torch.utils._pytree._register_namedtuple(Quantized, serialized_type_name="tokenflow_ext.Quantized")

@@ -56,6 +56,28 @@ def non_negative(op: str, name: str, value) -> float:
     return value
 
 
+def share(op: str, name: str, value) -> float:
+    """`value` as a float, if it is a number in [0, 1]."""
+    value = number(op, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name}: wanted a number in [0, 1], got {value}")
+    return value
+
+
+def positive(op: str, name: str, value) -> int:
+    """`value` if it is an integer >= 1."""
+    if integer(op, name, value) < 1:
+        raise ValueError(f"{op}: {name}: wanted an integer >= 1, got {value}")
+    return value
+
+
+def flag(op: str, name: str, value) -> bool:
+    """`value` if it is True or False, else TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: wanted True or False, got {value!r}")
+    return value
+
+
 def same_device(op: str, **tensors: torch.Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():

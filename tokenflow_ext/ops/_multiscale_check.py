@@ -1,5 +1,6 @@
 """Checks of the multi-scale ops: every sentence names op, argument, wanted, got."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def phi_rows(op: str, phi, channels: int, scales: int) -> list[int]:
     if not isinstance(phi, Sequence) or len(phi) != 4:
         raise TypeError(f"{op}: phi: wanted (weight, bias, ratio, assignment), got {type(phi).__name__}")
     weight, bias, ratio, assignment = phi
-    _check.number(op, "phi ratio", ratio)
+    if not abs(_check.number(op, "phi ratio", ratio)) < math.inf:  # math.isfinite would break a compiled graph
+        raise ValueError(f"{op}: phi ratio: wanted a finite number, got {ratio}")
     _check.floating(op, "phi weight", weight)
     _check.floating(op, "phi bias", bias)
     _check.same_device(op, **{"phi weight": weight, "phi bias": bias})

@@ -133,9 +133,9 @@ def tell_counts(device: torch.device) -> None:
 
 
 class _Asked(threading.local):
-    """Whether this thread's last call asked for the emulated core."""
+    """What this thread asked for: the emulated core, with its last call; no warnings of rows that are not finite."""
 
-    emulated = False
+    emulated = quiet = False
 
 
 _asked = _Asked()
@@ -154,6 +154,16 @@ def emulating(wanted: bool):
         yield
     finally:
         _asked.emulated = before
+
+
+class counted_by_the_caller:  # noqa: N801
+    """Inside the block kernels on the CPU do not warn of rows that are not finite."""
+
+    def __enter__(self):
+        _asked.quiet = True
+
+    def __exit__(self, *_):
+        _asked.quiet = False
 
 
 def register_core(name: str, module) -> None:
@@ -239,7 +249,7 @@ def _missing(op: str, tensors) -> str | None:
 
 def warn_non_finite(op: str, count: int) -> None:
     """One warning where a kernel counted rows that are not finite."""
-    if count:
+    if count and not _asked.quiet:
         warnings.warn(
             f"{op}: {count} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics and gradients",
             RuntimeWarning,

@@ -85,7 +85,7 @@ def nearest_code(
     op = "nearest_code"
     _check.rows_fit(op, x, codebook)
     _check.metric(op, metric)
-    lo, hi = (0, codebook.shape[-2]) if window is None else _window(window, codebook.shape[-2])
+    lo, hi = (0, codebook.shape[-2]) if window is None else _window(op, window, codebook.shape[-2])
     if not 1 <= _check.integer(op, "topk", topk) <= hi - lo:
         raise ValueError(f"{op}: topk: wanted 1 to {hi - lo} codes of the window, got {topk}")
     if not use_native(op, backend, x, codebook):
@@ -96,8 +96,7 @@ def nearest_code(
     return tuple(found) if return_scores else found[0]
 
 
-def _window(window, codes: int) -> tuple[int, int]:
-    op = "nearest_code"
+def _window(op: str, window, codes: int) -> tuple[int, int]:
     if isinstance(window, (str, torch.Tensor)) or not isinstance(window, Sequence):
         raise TypeError(f"{op}: window: wanted a pair (lo, hi), got {type(window).__name__}")
     if len(window) != 2:

@@ -1,27 +1,19 @@
 """The state that every quantizer module shares: codebooks, how they move, and how much of them is used."""
 
+import contextlib
+import math
+import warnings
+
 import torch
 from torch import nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.ops._native import tell_counts
+from tokenflow_ext.ops._native import counted_by_the_caller, in_type, real, tell_counts
 from tokenflow_ext.ops.quantize import HITS, NOTHING, SUMS
+from tokenflow_ext.quantize import _ranks, _usage
+from tokenflow_ext.quantize._kmeans import kmeans, sample
 
 UPDATES = ("gradient", "ema", "none")
-
-
-def _all_reduce(*tensors: torch.Tensor) -> None:
-    """Sums over the ranks of torch.distributed, where there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-
-
-def _broadcast(*tensors: torch.Tensor) -> None:
-    """Rank 0's values for every rank of torch.distributed, where there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor, 0)
 
 
 def _recomputing() -> bool:
@@ -33,7 +25,8 @@ def keep_precision(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
     """`apply(fn, recurse)` of a module whose own tensors move devices but never become half precision."""
     owned = {**module._parameters, **module._buffers}
     tensors = {name: t for name, t in owned.items() if t is not None and t.dtype in (torch.float32, torch.float64)}
-    before = {name: (t.detach(), t.grad) for name, t in tensors.items()}
+    # Detached, for what `apply` moves in place is the gradient itself.
+    before = {name: (t.detach(), t.grad if t.grad is None else t.grad.detach()) for name, t in tensors.items()}
     apply(fn, recurse)
     for name, (value, grad) in before.items():
         tensor = getattr(module, name)
@@ -42,6 +35,19 @@ def keep_precision(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
             if grad is not None:
                 tensor.grad = grad.to(tensor.device)
     return module
+
+
+def moved_counts(fn, counts: torch.Tensor) -> torch.Tensor:
+    """fn(counts), and zeros where a tensor without memory gets some."""
+    moved = fn(counts)
+    return moved.zero_() if counts.is_meta and not moved.is_meta else moved
+
+
+def in_full_precision(module: nn.Module, _) -> None:
+    """After load_state_dict(assign=True) of a file in half precision: the module's own tensors are float32 again."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()
 
 
 class Codebook(nn.Module):
@@ -59,12 +65,21 @@ class Codebook(nn.Module):
         update: "gradient" (parameters), "ema" (buffers that follow their rows) or "none" (buffers that stay, but for k-means
             initialisation).
         decay: of the exponential moving averages.
-        kmeans_init: the first training batch places the codes by ten steps of Lloyd's algorithm.
-        dead_code_threshold: a code whose moving average of rows a batch falls below takes a random row of the batch.
+        kmeans_init: the first training batch places the codes by k-means.
+        dead_code_threshold: a code whose moving average of rows a batch, over all ranks, falls below takes a random row of it.
+
+    Attributes:
+        hits: [G, K] int64, how often this rank's rows chose each code in training since `reset_usage`. It is no buffer, because
+            DistributedDataParallel would overwrite every rank's by rank 0's.
+        non_finite: 0-dim int64, this rank's rows (of each group) with NaN or inf in training.
+        collapse_threshold: perplexity over K below which a warning tells of a collapse; 0 turns it off.
     """
+
+    normalize_mean = False
 
     def __init__(self, owner, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
         super().__init__()
+        self.register_load_state_dict_post_hook(in_full_precision)
         if update not in UPDATES:
             raise ValueError(f"{owner}: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
         ops._check.metric(owner, metric)
@@ -73,11 +88,9 @@ class Codebook(nn.Module):
             ("groups", groups),
             *((f"dims[{t}]", w) for t, w in enumerate(widths)),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{owner}: {name}: wanted an integer >= 1, got {value!r}")
-        if not 0 <= ops._check.number(owner, "decay", decay) <= 1:
-            raise ValueError(f"{owner}: decay: wanted a number in [0, 1], got {decay}")
-        ops._check.non_negative(owner, "dead_code_threshold", dead_code_threshold)
+            ops._check.positive(owner, name, value)
+        decay = ops._check.share(owner, "decay", decay)
+        dead_code_threshold = ops._check.non_negative(owner, "dead_code_threshold", dead_code_threshold)
         self.widths, self.codes, self.groups, self.metric = list(widths), codes, groups, metric
         self.update, self.decay = update, decay
         self.dead_code_threshold = dead_code_threshold if update != "none" else 0
@@ -89,12 +102,18 @@ class Codebook(nn.Module):
                 self.register_parameter(f"table_{t}", nn.Parameter(table))
             else:
                 self.register_buffer(f"table_{t}", table)
-        self.register_buffer("hits", torch.zeros(groups, codes, dtype=torch.int64), persistent=False)
-        self.kmeans_init = bool(kmeans_init)
+        self.owner, self.collapse_threshold = owner, _usage.COLLAPSED
+        self.hits, self.non_finite = torch.zeros(groups, codes, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        self._told, self._looked = set(), 0
+        # Reading the buffer waits for the device: once, until a checkpoint or a move may have changed it.
+        self._placed = None
+        self.kmeans_init = ops._check.flag(owner, "kmeans_init", kmeans_init)
         if self.kmeans_init:
             self.register_buffer("needs_init", torch.tensor(True))
         if update == "ema" or self.dead_code_threshold > 0:
             self.register_buffer("ema_counts", torch.ones(groups, codes, dtype=dtype))
+        if self.dead_code_threshold > 0:
+            self.register_buffer("revivals", torch.zeros((), dtype=torch.int64))
         if update == "ema":
             self.register_buffer("ema_sums", self.joined().clone())
 
@@ -106,10 +125,13 @@ class Codebook(nn.Module):
         """The tables side by side, [G, K, C]."""
         return torch.cat(self.tables(), dim=-1).reshape(self.groups, self.codes, -1)
 
-    def rows(self, indices: torch.Tensor, backend: str) -> torch.Tensor:
-        """The codes [..., C] (or [..., G, D]) as quantized values are made of them: unit per table for cosine."""
-        parts = [ops.lookup(indices, table, backend=backend) for table in self.tables()]
-        if self.metric == "cosine":
+    def rows(self, indices: torch.Tensor, backend: str, *, unit: bool | None = None, dtype=None) -> torch.Tensor:
+        """The codes [..., C] (or [..., G, D]) as quantized values are made of them: unit per table for cosine.
+
+        `unit` says otherwise; `dtype` is what they are computed in, the tables' by default.
+        """
+        parts = [ops.lookup(indices, in_type(t, dtype or t.dtype), backend=backend) for t in self.tables()]
+        if self.metric == "cosine" if unit is None else unit:
             parts = [ops.normalize_rows(part, backend=backend) for part in parts]
         return torch.cat(tuple(parts), dim=-1)
 
@@ -124,48 +146,84 @@ class Codebook(nn.Module):
             return rows
         return torch.cat([ops.normalize_rows(p, backend=backend) for p in rows.split(self.widths, dim=-1)], dim=-1)
 
+    def waits_for_kmeans(self) -> bool:
+        """Whether the next training batch with finite rows places the codes."""
+        if not (self.kmeans_init and self.training):
+            return False
+        if self._placed is None:
+            self._placed = not bool(self.needs_init)
+        return not self._placed
+
     @torch.no_grad()
-    def initialise(self, rows: torch.Tensor, weights, backend: str) -> None:
-        """k-means on the finite rows of the first training batch [N, G, C] that has some, where it was asked for."""
-        if not (self.kmeans_init and self.training and bool(self.needs_init)):
+    def searched(self, rows: torch.Tensor, backend: str) -> torch.Tensor:
+        """Rows [..., C] (or [..., G, D]) as they are compared with the codes: unit per table for cosine."""
+        return self._unit(rows.to(real(rows, self.table_0)), backend)
+
+    @torch.no_grad()
+    def initialise(self, rows: torch.Tensor, weights, backend: str, mask=None, again=None) -> None:
+        """k-means on the first training batch that has finite rows, where it was asked for.
+
+        Args:
+            rows: [N, G, C].
+            weights: of the tables in the distance.
+            backend: of the ops.
+            mask: [N], the rows that count; all by default.
+            again: a function that gives the rows [N, G, C] which codes placed so far are searched for, for a second k-means:
+                residual quantization has no rows before it has codes.
+        """
+        if not self.waits_for_kmeans() or _recomputing():
             return
-        rows = rows.detach().to(self.table_0.dtype)
-        rows = self._unit(rows[rows.isfinite().flatten(1).all(1)], backend)
-        found = torch.tensor(float(len(rows)), device=rows.device)
-        _all_reduce(found)
-        if not found:
-            return
-        joined = self.joined()
-        if len(rows):
-            joined = rows[torch.randint(len(rows), (self.codes,), device=rows.device)].transpose(0, 1).contiguous()
-        _broadcast(joined)
-        for _ in range(10):
-            self._write(joined)
-            ids = self.search(rows, weights, backend)
-            counts, sums = ops.code_statistics(rows, ids, (self.groups, self.codes), backend=backend)
-            _all_reduce(counts, sums)
-            means = self._unit(sums / counts.clamp_min(1)[..., None], backend)
-            joined = torch.where((counts > 0)[..., None], means, joined)
-        self._write(joined)
+        for give in (lambda: rows, again):
+            if give is None:
+                continue
+            found = give().detach().to(self.table_0.dtype)
+            good = found.isfinite().flatten(1).all(1)
+            drawn = sample(found, good if mask is None else good & mask, self.codes)
+            if not len(drawn):
+                return
+            self._write(self._kmeans(self._unit(drawn, backend), weights, backend))
         if self.update == "ema":
-            self.ema_sums.copy_(joined)
+            self.ema_sums.copy_(self.joined())
         self.needs_init.fill_(False)
+        self._placed = True
+
+    def _kmeans(self, rows: torch.Tensor, weights, backend: str) -> torch.Tensor:
+        # A scalar product has no means; its codes start where the rows lie.
+        metric = "l2" if self.metric == "dot" else self.metric
+        per_channel = [w for w, width in zip(weights, self.widths) for _ in range(width)]
+        placed = kmeans(
+            rows,
+            self.codes,
+            torch.tensor(per_channel, dtype=rows.dtype, device=rows.device),
+            lambda x, table: self._nearest(x, self._parts(table), metric, weights, backend),
+            lambda table: self._unit(table, backend),
+            backend,
+        )
+        # Ranks of unlike machines may round differently.
+        _ranks.broadcast(placed)
+        return placed
 
     def moves(self) -> bool:
         """Whether `observe` writes to the codebooks."""
         return self.update == "ema" or self.dead_code_threshold > 0
 
+    def _parts(self, joined: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[G, M, C] as tables lie: T times [M, D_t], or one [G, M, D]."""
+        return (joined,) if self.groups > 1 else joined[0].split(self.widths, dim=-1)
+
     def _write(self, joined: torch.Tensor) -> None:
-        for table, part in zip(self.tables(), joined.split(self.widths, dim=-1)):
-            table.detach().copy_(part.reshape(table.shape))
+        for table, part in zip(self.tables(), self._parts(joined)):
+            table.detach().copy_(part)
 
     def search(self, rows: torch.Tensor, weights, backend: str) -> torch.Tensor:
         """Ids [N, G] of rows [N, G, C]."""
+        return self._nearest(rows, self.tables(), self.metric, weights, backend)
+
+    def _nearest(self, rows: torch.Tensor, tables, metric: str, weights, backend: str) -> torch.Tensor:
         if self.groups > 1:
-            return ops.nearest_code(rows, self.table_0, metric=self.metric, backend=backend)
+            return ops.nearest_code(rows, tables[0], metric=metric, backend=backend)
         parts = rows[:, 0].split(self.widths, dim=-1)
-        ids = ops.shared_nearest_code(parts, self.tables(), metric=self.metric, weights=weights, backend=backend)
-        return ids[:, None]
+        return ops.shared_nearest_code(parts, tables, metric=metric, weights=weights, backend=backend)[:, None]
 
     def wanted_statistics(self) -> int:
         """What `observe` needs to know of the rows: nothing, how many chose each code, or also their sums."""
@@ -173,8 +231,13 @@ class Codebook(nn.Module):
             return NOTHING
         return SUMS if self.update == "ema" else HITS
 
+    def quietly(self):
+        """A block in which ops do not warn of rows that are not finite, for `observe` counts them and warns once."""
+        wanted = self.training and not torch.compiler.is_compiling()
+        return counted_by_the_caller() if wanted else contextlib.nullcontext()
+
     @torch.no_grad()
-    def observe(self, rows: torch.Tensor, ids: torch.Tensor, backend: str, counts=None, sums=None) -> None:
+    def observe(self, rows: torch.Tensor, ids: torch.Tensor, backend: str, counts=None, sums=None, mask=None) -> None:
         """Counts a training batch and moves the codebooks by it.
 
         Args:
@@ -183,40 +246,86 @@ class Codebook(nn.Module):
             backend: of the ops.
             counts: rows of every code [G, K] (or [K]), and sums of them as searched, where the search has them already.
             sums: see counts.
+            mask: [N], the rows that count; all by default.
         """
         if not self.training or _recomputing():
             return
         rows = rows.detach()
         if counts is None:
-            counts, sums = self._count(rows, ids, backend)
+            counts, sums = self._count(rows, ids, mask, backend)
         counts = counts.view_as(self.hits)
-        self.hits += counts.to(torch.int64)
+        hits = counts.to(torch.int64)
+        self.hits += hits
+        self._watch((rows.shape[0] if mask is None else mask.sum()) * self.groups - hits.sum())
         if self.update == "ema":
             counts, sums = counts.to(self.ema_counts.dtype), sums.view_as(self.ema_sums).to(self.ema_sums.dtype)
-            _all_reduce(counts, sums)
+            _ranks.all_reduce(counts, sums)
             self._follow(counts, sums, backend)
         elif self.dead_code_threshold > 0:
             counts = counts.to(self.ema_counts.dtype)
-            _all_reduce(counts)
+            _ranks.all_reduce(counts)
             self.ema_counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         if self.dead_code_threshold > 0:
-            self._revive(rows, rows.isfinite().all(-1), backend)
+            self._revive(rows, ids, mask, backend)
 
-    def _count(self, rows: torch.Tensor, ids: torch.Tensor, backend: str):
+    def _watch(self, bad: torch.Tensor) -> None:
+        """Adds up the rows that are not finite; on the CPU, where looking costs no wait, warns of them and of a collapse."""
+        if torch.compiler.is_compiling() or self.hits.device.type != "cpu":
+            self.non_finite += bad
+            return
+        if int(bad):
+            self.non_finite += bad
+            self._tell_non_finite(bad)
+        self._looked += 1
+        if self._looked % _usage.EVERY == 0:
+            self._tell_collapse(self.hits)
+
+    def _tell_non_finite(self, bad: torch.Tensor) -> None:
+        if "rows" not in self._told and int(bad):
+            self._told.add("rows")
+            warnings.warn(
+                f"{self.owner}: {int(bad)} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics "
+                "and gradients; said once, non_finite_rows() counts on",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def _tell_collapse(self, hits: torch.Tensor) -> None:
+        if "collapse" not in self._told and self.collapse_threshold > 0:
+            if _usage.warn_collapse(self.owner, hits, self.collapse_threshold):
+                self._told.add("collapse")
+
+    def _good(self, rows: torch.Tensor, mask) -> torch.Tensor:
+        """[N, G]: the rows that count."""
+        good = rows.isfinite().all(-1)
+        return good if mask is None else good & mask[:, None]
+
+    def _count(self, rows: torch.Tensor, ids: torch.Tensor, mask, backend: str):
         """counts [G, K] and, where an average needs them, sums [G, K, C] of the rows as searched."""
         if self.update == "ema":
             unit = self._unit(rows.to(self.table_0.dtype), backend)
-            return ops.code_statistics(unit, ids, (self.groups, self.codes), backend=backend)
-        good = rows.isfinite().all(-1).to(torch.int64)
+            if mask is None:
+                return ops.code_statistics(unit, ids, (self.groups, self.codes), backend=backend)
+            # Rows left out choose one code more.
+            ids = ids.masked_fill(~mask[:, None], self.codes)
+            counts, sums = ops.code_statistics(unit, ids, (self.groups, self.codes + 1), backend=backend)
+            return counts[:, :-1].contiguous(), sums[:, :-1].contiguous()
+        good = self._good(rows, mask).to(torch.int64)
         offset = torch.arange(self.groups, device=ids.device) * self.codes
         counts = torch.zeros_like(self.hits).view(-1).scatter_add_(0, (ids + offset).reshape(-1), good.reshape(-1))
         return counts.view_as(self.hits), None
 
     def _follow(self, counts: torch.Tensor, sums: torch.Tensor, backend: str) -> None:
-        """The step of the moving averages; codes without rows keep their bits."""
+        """The step of the moving averages; codes without rows, or with sums past float's range, keep their bits."""
+        if torch.compiler.is_compiling() or sums.device.type != "cpu" or not math.isfinite(sums.sum()):
+            fits = sums.isfinite().all(-1)
+            counts, sums = torch.where(fits, counts, 0), torch.where(fits[..., None], sums, 0)
         if len(self.widths) == 1 and self.table_0.is_contiguous():
             state = (self.table_0.view_as(self.ema_sums), self.ema_counts, self.ema_sums, counts, sums)
-            ops.ema_update_(*state, decay=self.decay, metric=self.metric, backend=backend)
+            options = {"metric": self.metric, "normalize_mean": self.normalize_mean}
+            ops.ema_update_(*state, decay=self.decay, **options, backend=backend)
+            if self.normalize_mean:  # the average is of the code itself, which is unit again after every step
+                self.ema_sums.copy_(self.table_0.view_as(self.ema_sums))
             return
         joined = self.joined()
         state = (joined, self.ema_counts, self.ema_sums, counts, sums)
@@ -224,30 +333,75 @@ class Codebook(nn.Module):
         # Unit table by table.
         self._write(torch.where((counts > 0)[..., None], self._unit(joined, backend), joined))
 
-    def _revive(self, rows: torch.Tensor, good: torch.Tensor, backend: str) -> None:
-        fresh, take = self.joined(), torch.zeros_like(self.ema_counts, dtype=torch.bool)
-        if rows.shape[0]:
-            pick = torch.randint(rows.shape[0], (self.codes,), device=rows.device)
-            fresh = self._unit(rows[pick].to(self.table_0.dtype), backend).transpose(0, 1).contiguous()
-            take = (self.ema_counts < self.dead_code_threshold) & good[pick].transpose(0, 1)
-        take = take.to(torch.uint8)
-        _broadcast(fresh, take)
-        take = take.bool()
-        self._write(torch.where(take[..., None], fresh, self.joined()))
-        self.ema_counts.masked_fill_(take, 1.0)
+    def _revive(self, rows: torch.Tensor, ids: torch.Tensor, mask, backend: str) -> None:
+        """Dead codes take rows of the batch of all ranks, each another one, likelier the farther they lie from their codes."""
+        dead = self.ema_counts < self.dead_code_threshold
+        self.revivals += 1
+        if not torch.compiler.is_compiling() and dead.device.type == "cpu" and not bool(dead.any()):
+            return  # on every rank, for ema_counts have the same bits there
+        joined = self.joined()
+        good = self._good(rows, mask)
+        rows = self._unit(torch.where(good[..., None], rows, 0).to(joined.dtype), backend)
+        shares = self._shares(rows, joined, ids, good)
+        first, total = _ranks.numbering(shares.sum(0))
+        place = torch.arange(self.codes, device=dead.device).expand_as(dead)
+        seed = self.revivals * self.groups + torch.arange(self.groups, device=dead.device)
+        draws = dead.sum(1)
+        numbers, found = _ranks.spread(place, draws[:, None], total[:, None], seed[:, None])
+        fresh = _ranks.rows_at(rows, shares, first, torch.where(place < draws[:, None], numbers, total[:, None]))
+        # A row far from its code may have been drawn twice in a row.
+        found[:, 1:] &= (fresh[:, 1:] != fresh[:, :-1]).any(-1)
+        place = (dead.cumsum(1) - 1).clamp_min(0)
+        take, fresh = dead & found.gather(1, place), fresh.gather(1, place[..., None].expand_as(fresh))
+        self._write(torch.where(take[..., None], fresh, joined))
+        # Counts above the threshold give a code time to find rows before it is judged again.
+        counts = max(1.0, 2.0 * self.dead_code_threshold)
+        self.ema_counts.masked_fill_(take, counts)
         if self.update == "ema":
-            self.ema_sums.copy_(torch.where(take[..., None], fresh, self.ema_sums))
+            self.ema_sums.copy_(torch.where(take[..., None], fresh * counts, self.ema_sums))
 
-    def usage(self) -> float:
-        """Share of codes hit since `reset_usage()`, in training. On CUDA it also warns of rows that were not finite."""
+    def _shares(self, rows: torch.Tensor, joined: torch.Tensor, ids: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+        """int64 [N, G] ~ squared distances of rows to their codes, at most four times their mean; 0 where it is 0 or not good."""
+        near = joined.gather(1, ids.t()[..., None].expand(-1, -1, rows.shape[-1])).transpose(0, 1)
+        distances = (rows - near).square().sum(-1).double()
+        good = good & distances.isfinite()
+        distances = torch.where(good, distances, 0)
+        sums = torch.stack([distances.sum(0), good.sum(0).double()])
+        _ranks.all_reduce(sums)
+        most = (4 * sums[0] / sums[1].clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny)
+        return ((distances / most).clamp_max(1) * 2**20).ceil().to(torch.int64)
+
+    def usage(self, hits: torch.Tensor, per, all_ranks: bool):
+        """`_usage.usage` of hits [R, K]: their mean, or each where `per` says of what they are."""
+        return self._summary(_usage.usage, hits, per, all_ranks)
+
+    def perplexity(self, hits: torch.Tensor, per, all_ranks: bool):
+        """Likewise the perplexity."""
+        return self._summary(_usage.perplexity, hits, per, all_ranks)
+
+    def _summary(self, measure, hits: torch.Tensor, per, all_ranks: bool):
         tell_counts(self.hits.device)
-        return float((self.hits > 0).double().mean())
+        self._tell_non_finite(self.non_finite)
+        self._tell_collapse(_usage.over_ranks(self.hits, all_ranks))
+        values = measure(_usage.over_ranks(hits, all_ranks))
+        return values.cpu() if per else float(values.mean())
 
-    def perplexity(self) -> float:
-        """exp of the entropy of the hits since `reset_usage()`, mean over groups; 0 before any."""
-        share = self.hits.double() / self.hits.sum(-1, keepdim=True).clamp_min(1)
-        entropy = -(share * share.clamp_min(1e-300).log()).sum(-1)
-        return float(entropy.exp().mean()) if bool((self.hits > 0).any()) else 0.0
+    def non_finite_rows(self, all_ranks: bool) -> int:
+        """`non_finite` of all ranks, or of this one."""
+        return int(_usage.over_ranks(self.non_finite, all_ranks))
+
+    def reset_usage(self) -> None:
+        self.hits.zero_()
+        self.non_finite.zero_()
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        if hasattr(self, "revivals"):  # checkpoints of versions that drew their rows elsewhere have none
+            state_dict.setdefault(prefix + "revivals", torch.zeros_like(self.revivals))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._placed = None
 
     def _apply(self, fn, recurse=True):
-        return keep_precision(self, super()._apply, fn, recurse)
+        keep_precision(self, super()._apply, fn, recurse)
+        self.hits, self.non_finite = (moved_counts(fn, counts) for counts in (self.hits, self.non_finite))
+        self._placed = None
+        return self

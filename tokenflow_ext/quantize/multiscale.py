@@ -9,7 +9,8 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import keep_precision
+from tokenflow_ext.quantize._codebook import _recomputing, in_full_precision, keep_precision, moved_counts
+from tokenflow_ext.quantize._masked import scale_losses
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
@@ -26,6 +27,12 @@ class MultiScaleQuantizer(nn.Module):
         loss_on: "codes" (TokenFlow: mean over scales of the quantizer's loss) or "accumulated" (VAR).
         normalize_codes: whether f_hat is made of unit codes; None means metric == "cosine".
         scale_dropout: probability that a training batch skips one of scales 2..S; its ids are -1.
+        scale_weights: w_s >= 0, loss = sum_s w_s loss_s / sum_s w_s over the scales of the batch; None for the plain mean, which
+            costs less: the op sums it up itself, where weights need the pooled rows again ("codes") or the map after every
+            scale ("accumulated").
+
+    Attributes:
+        scale_hits: [S, K] int64, how often each scale's rows chose each code in training since `reset_usage`.
 
     Source: VAR, 2404.02905, algorithms 1 and 2; TokenFlow, 2412.03069.
 
@@ -36,23 +43,31 @@ class MultiScaleQuantizer(nn.Module):
         (torch.Size([2, 21]), [torch.Size([1, 1]), torch.Size([2, 2]), torch.Size([4, 4])])
     """
 
+    gradient = "straight_through"
+
     def __init__(
         self, quantizer: Quantizer, scales: Sequence[int | tuple[int, int]], *, phi=None, loss_on: str = "codes",
-        normalize_codes: bool | None = None, scale_dropout: float = 0.0,
+        normalize_codes: bool | None = None, scale_dropout: float = 0.0, scale_weights: Sequence[float] | None = None,
     ):  # fmt: skip
         super().__init__()
-        name = "MultiScaleQuantizer"
-        if not isinstance(quantizer, Quantizer) or quantizer.codebook.groups != 1:
+        self.register_load_state_dict_post_hook(in_full_precision)
+        name = type(self).__name__
+        wanted = f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got"
+        if not isinstance(quantizer, Quantizer):
+            raise TypeError(f"{wanted} {type(quantizer).__name__}")
+        if quantizer.codebook.groups != 1:
+            raise ValueError(f"{wanted} groups = {quantizer.codebook.groups}")
+        if quantizer.gradient != self.gradient:
             raise ValueError(
-                f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got {quantizer!r}"
+                f"{name}: quantizer: wanted one with the gradient {self.gradient!r}, got {quantizer.gradient!r}"
             )
-        if not 0 <= ops._check.number(name, "scale_dropout", scale_dropout) <= 1:
-            raise ValueError(f"{name}: scale_dropout: wanted a probability, got {scale_dropout}")
         self.scales = _multiscale_check.grids(name, scales)
         _multiscale_check.loss_on(name, loss_on, phi)
         _multiscale_check.unit_codes(name, quantizer.metric, normalize_codes)
         self.quantizer, self.loss_on, self.normalize_codes = quantizer, loss_on, normalize_codes
-        self.scale_dropout = scale_dropout
+        self.scale_dropout = ops._check.share(name, "scale_dropout", scale_dropout)
+        self.scale_weights = None if scale_weights is None else self._checked_weights(scale_weights)
+        self.scale_hits = torch.zeros(len(self.scales), quantizer.codebook.codes, dtype=torch.int64)
         self.phi_ratio = self.phi_assignment = None
         if phi is not None:
             _multiscale_check.phi_rows(name, phi, quantizer.dim, len(self.scales))
@@ -62,8 +77,23 @@ class MultiScaleQuantizer(nn.Module):
                     key, value
                 )
 
+    def _checked_weights(self, weights) -> list[float]:
+        if isinstance(weights, (str, torch.Tensor)) or not isinstance(weights, Sequence):
+            got = type(weights).__name__
+            raise TypeError(f"MultiScaleQuantizer: scale_weights: wanted a sequence of numbers, one a scale, got {got}")
+        if len(weights) != len(self.scales):
+            raise ValueError(
+                f"MultiScaleQuantizer: scale_weights: wanted one a scale, {len(self.scales)}, got {len(weights)}"
+            )
+        weights = [ops._check.non_negative("MultiScaleQuantizer", "scale_weights", w) for w in weights]
+        if not sum(weights) > 0:
+            raise ValueError(f"MultiScaleQuantizer: scale_weights: wanted one above 0, got {weights}")
+        return weights
+
     def _apply(self, fn, recurse=True):
-        return keep_precision(self, super()._apply, fn, recurse)
+        keep_precision(self, super()._apply, fn, recurse)
+        self.scale_hits = moved_counts(fn, self.scale_hits)
+        return self
 
     def _options(self, scales: Sequence[int] | None = None) -> dict:
         """Keywords of the multi-scale ops for the scales at these positions (all by default)."""
@@ -94,34 +124,98 @@ class MultiScaleQuantizer(nn.Module):
     def _lengths(self, positions: Sequence[int]) -> list[int]:
         return [self.scales[s][0] * self.scales[s][1] for s in positions]
 
-    def forward(self, features: torch.Tensor) -> Quantized:
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
         """Quantizes features [B, C, H, W] -> Quantized(f_hat [B, C, H, W], ids [B, L], 0-dim loss).
 
+        Args:
+            features: any float type.
+            mask: bool [B], False for images that are padding: ids -1 and f_hat 0, left out of the loss (its means are over the
+                other images), of statistics and every gradient, whatever they hold.
+
         Raises:
-            ValueError, TypeError: wrong width or type, or a scale larger than the map.
+            ValueError, TypeError: wrong width, shape or type, or a scale larger than the map.
         """
         q, kept = self.quantizer, self._kept()
         common = {**self._options(kept), "weights": q.weights, "loss_on": self.loss_on}
         weights = {"commitment_weight": q.commitment_weight, "codebook_weight": q.codebook_weight}
         _multiscale_check.maps("MultiScaleQuantizer", features)
-        if self.training and features.shape[1] == q.dim:
-            q.codebook.initialise(features.movedim(1, -1).reshape(-1, 1, q.dim), q.weights, q.backend)
-        if not self.training:
-            return ops.multiscale_quantize(features, q.codebooks(), **common, **weights)
-        (f_hat, indices, loss), rows = quantize_with_rows(features, q.codebooks(), **common, **weights)
-        if q.entropy_weight > 0:
-            pooled = ops.multiscale_rows(features, indices, q.codebooks(), **common)
-            loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in pooled.split(self._lengths(kept), dim=1)])
-        q.codebook.observe(rows.reshape(-1, 1, q.dim), indices.reshape(-1, 1), q.backend)
+        x = features if mask is None else features.masked_fill(~self._mask(features, mask)[:, None, None, None], 0)
+        composed = mask is not None or self.scale_weights is not None
+        if not (self.training or composed):
+            return ops.multiscale_quantize(x, q.codebooks(), **common, **weights)
+        if self.training and x.shape[1] == q.dim:
+            self._initialise(x, mask, common)
+        if composed:
+            weights = {"commitment_weight": 0.0, "codebook_weight": 0.0}
+        with q.codebook.quietly():
+            (f_hat, indices, loss), rows = quantize_with_rows(x, q.codebooks(), **common, **weights)
+            if composed:
+                loss = self._weighted(scale_losses(q, x, indices, self._lengths(kept), common, mask), kept)
+        if self.training:
+            loss = self._train(x, indices, rows, loss, mask, kept, common)
+        if mask is not None:
+            f_hat, indices = f_hat.masked_fill(~mask[:, None, None, None], 0), indices.masked_fill(~mask[:, None], -1)
         return Quantized(f_hat, self._with_dropped(indices, kept), loss)
+
+    def _mask(self, features: torch.Tensor, mask) -> torch.Tensor:
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise TypeError(f"MultiScaleQuantizer: mask: wanted a bool tensor, got {got}")
+        if mask.shape != features.shape[:1]:
+            raise ValueError(
+                f"MultiScaleQuantizer: mask: wanted {[len(features)]}, one an image, got {list(mask.shape)}"
+            )
+        return mask
+
+    def _weighted(self, losses: Sequence[torch.Tensor], kept: Sequence[int]) -> torch.Tensor:
+        weights = [1.0 if self.scale_weights is None else self.scale_weights[s] for s in kept]
+        return sum(w * loss for w, loss in zip(weights, losses)) / (sum(weights) or 1.0)
+
+    def _initialise(self, x: torch.Tensor, mask, common: dict) -> None:
+        """k-means on the pixels of the map, then on the rows of the loop over the codes that these gave."""
+        q = self.quantizer
+        if not q.codebook.waits_for_kmeans():
+            return
+
+        def masked(rows: torch.Tensor) -> torch.Tensor:
+            """rows [B, n, C], NaN where the image is padding, as [B n, 1, C]."""
+            rows = rows if mask is None else rows.masked_fill(~mask[:, None, None], torch.nan)
+            return rows.reshape(-1, 1, q.dim)
+
+        def loop() -> torch.Tensor:
+            with q.codebook.quietly():
+                return masked(
+                    quantize_with_rows(x, q.codebooks(), **common, commitment_weight=0.0, codebook_weight=0.0)[1]
+                )
+
+        q.codebook.initialise(masked(x.detach().flatten(2).transpose(1, 2)), q.weights, q.backend, again=loop)
+
+    def _train(self, x, indices, rows, loss, mask, kept: Sequence[int], common: dict) -> torch.Tensor:
+        """Counts the batch, moves the codebooks, and gives the loss with its entropy term."""
+        q, lengths = self.quantizer, self._lengths(kept)
+        if q.entropy_weight > 0:
+            pooled = ops.multiscale_rows(x, indices, q.codebooks(), **common)
+            pooled = pooled if mask is None else pooled[mask]
+            loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in pooled.split(lengths, dim=1)])
+        if not _recomputing():
+            good = rows.isfinite().all(-1)
+            good = (good if mask is None else good & mask[:, None]).to(torch.int64)
+            for s, ids, counts in zip(kept, indices.split(lengths, dim=1), good.split(lengths, dim=1), strict=True):
+                self.scale_hits[s].scatter_add_(0, ids.reshape(-1), counts.reshape(-1))
+        flat_mask = None if mask is None else mask[:, None].expand(indices.shape).reshape(-1)
+        with q.codebook.quietly():
+            q.codebook.observe(rows.reshape(-1, 1, q.dim), indices.reshape(-1, 1), q.backend, mask=flat_mask)
+        return loss
 
     def _with_dropped(self, indices: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """Ids of the kept scales with -1 at the places of the dropped one."""
         if len(kept) == len(self.scales):
             return indices
-        pieces = iter(indices.split(self._lengths(kept), dim=1))
-        blank = [indices.new_full((len(indices), h * w), -1) for h, w in self.scales]
-        return torch.cat([next(pieces) if s in kept else blank[s] for s in range(len(self.scales))], dim=1)
+        maps = [indices.new_full((len(indices), h * w), -1) for h, w in self.scales]
+        # By assignment: Dynamo takes `s in kept` of another dropped scale for what it was.
+        for s, ids in zip(kept, indices.split(self._lengths(kept), dim=1)):
+            maps[s] = ids
+        return torch.cat(maps, dim=1)
 
     @torch.no_grad()
     def encode(self, features: torch.Tensor) -> torch.Tensor:
@@ -168,17 +262,32 @@ class MultiScaleQuantizer(nn.Module):
         """The wrapped quantizer's tables."""
         return self.quantizer.codebooks()
 
-    def usage(self) -> float:
-        """Share of codes hit since `reset_usage()`, in training only."""
-        return self.quantizer.usage()
+    def usage(self, per: str | None = None, *, all_ranks: bool = True) -> float | torch.Tensor:
+        """Share of codes hit since `reset_usage()`, in training only.
 
-    def perplexity(self) -> float:
-        """exp of the entropy of those hits."""
-        return self.quantizer.perplexity()
+        Args:
+            per: None for all scales together; "scale" for each, float64 [S] on the CPU: a scale of few rows hits few codes.
+            all_ranks: see `VectorQuantizer.usage`, which also tells what is warned of here.
+        """
+        return self.quantizer.codebook.usage(self._hits(per), per, all_ranks)
+
+    def perplexity(self, per: str | None = None, *, all_ranks: bool = True) -> float | torch.Tensor:
+        """exp of the entropy of those hits; arguments as in `usage`."""
+        return self.quantizer.codebook.perplexity(self._hits(per), per, all_ranks)
+
+    def _hits(self, per: str | None) -> torch.Tensor:
+        if per not in (None, "scale"):
+            raise ValueError(f"MultiScaleQuantizer: per: wanted None or 'scale', got {per!r}")
+        return self.quantizer.codebook.hits if per is None else self.scale_hits
+
+    def non_finite_rows(self, *, all_ranks: bool = True) -> int:
+        """Pooled rows with NaN or inf since `reset_usage()`, in training."""
+        return self.quantizer.non_finite_rows(all_ranks=all_ranks)
 
     def reset_usage(self) -> None:
         """Starts counting anew."""
         self.quantizer.reset_usage()
+        self.scale_hits.zero_()
 
     def freeze(self) -> None:
         """Codebooks move no more, by no rule."""

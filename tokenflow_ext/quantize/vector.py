@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from tokenflow_ext import ops
+from tokenflow_ext.ops import _check
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
@@ -25,10 +27,14 @@ class VectorQuantizer(Quantizer):
         decay: of the moving averages.
         kmeans_init: the first training batch places the codes.
         dead_code_threshold: codes whose moving average of rows a batch falls below take a row of the batch.
+        normalize_mean: VQ-KD's rule, for cosine and update="ema": a code with rows becomes the unit vector of
+            decay code + (1 - decay) unit(mean of its unit rows), whatever their number; the others stay.
+        gradient: "straight_through", d quantized / dy = 1, or "rotation", d quantized / dy = (|q| / |y|) R with R the
+            rotation that takes y / |y| to q / |q|, all of it constant; forward values are the same bits.
         channel_dim: axis of the channels: -1, or 1 for [B, C, H, W].
         backend: "auto", "native" or "reference".
 
-    Source: 1711.00937; UniTok, 2502.20321.
+    Source: 1711.00937; UniTok, 2502.20321; normalize_mean 2411.04406; rotation 2410.06424.
 
     Example:
         >>> quantizer = VectorQuantizer(8, 512, channel_dim=1)
@@ -43,16 +49,23 @@ class VectorQuantizer(Quantizer):
         self, dim: int, codebook_size: int, *, groups: int = 1, metric: str = "cosine", update: str = "gradient",
         commitment_weight: float = 0.25, codebook_weight: float = 1.0, entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
-        dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
+        dead_code_threshold: float = 0, normalize_mean: bool = False, gradient: str = "straight_through",
+        channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
-        if not isinstance(groups, int) or groups < 1 or not isinstance(dim, int) or dim < 1 or dim % groups:
-            raise ValueError(
-                f"VectorQuantizer: dim: wanted a positive multiple of groups, got dim {dim!r} and groups {groups!r}"
-            )
+        if _check.positive("VectorQuantizer", "dim", dim) % _check.positive("VectorQuantizer", "groups", groups):
+            raise ValueError(f"VectorQuantizer: dim: wanted a multiple of groups, got dim {dim} and groups {groups}")
         super().__init__(
             [dim // groups], codebook_size, groups, None, metric, update, commitment_weight, codebook_weight, entropy_weight,
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
         )  # fmt: skip
+        self._pass_gradient(gradient)
+        if ops._check.flag("VectorQuantizer", "normalize_mean", normalize_mean) and (
+            update != "ema" or metric != "cosine"
+        ):
+            raise ValueError(
+                f"VectorQuantizer: normalize_mean: wanted update='ema' and metric='cosine' with it, got {update!r} and {metric!r}"
+            )
+        self.codebook.normalize_mean = normalize_mean
 
 
 class SharedIndexQuantizer(Quantizer):
@@ -65,7 +78,7 @@ class SharedIndexQuantizer(Quantizer):
         codebook_size: K, common to the tables.
         weights: of the distances, 1 each by default; they choose the index and do not enter the loss.
 
-    The other keywords are those of `VectorQuantizer`.
+    The other keywords are those of `VectorQuantizer`; the rotation is table by table.
 
     Source: TokenFlow, arXiv 2412.03069, section 3.1.
 
@@ -79,11 +92,14 @@ class SharedIndexQuantizer(Quantizer):
         self, dims: Sequence[int], codebook_size: int, *, weights: Sequence[float] | None = None, metric: str = "cosine",
         update: str = "gradient", commitment_weight: float = 0.25, codebook_weight: float = 1.0, entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
-        dead_code_threshold: float = 0, channel_dim: int = -1, backend: str = "auto",
+        dead_code_threshold: float = 0, gradient: str = "straight_through", channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
-        if not isinstance(dims, Sequence) or isinstance(dims, str) or not 1 <= len(dims) <= 16:
-            raise ValueError(f"SharedIndexQuantizer: dims: wanted 1 to 16 widths, got {dims!r}")
+        if not isinstance(dims, Sequence) or isinstance(dims, str):
+            raise TypeError(f"SharedIndexQuantizer: dims: wanted a sequence of widths, got {type(dims).__name__}")
+        if not 1 <= len(dims) <= 16:
+            raise ValueError(f"SharedIndexQuantizer: dims: wanted 1 to 16 widths, got {len(dims)}")
         super().__init__(
             dims, codebook_size, 1, weights, metric, update, commitment_weight, codebook_weight, entropy_weight,
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
         )  # fmt: skip
+        self._pass_gradient(gradient)

@@ -1,0 +1,72 @@
+"""What the compatible quantizers share: tables under the originals' names, float32 throughout, and counting."""
+
+import torch
+from torch import nn
+
+from tokenflow_ext import ops
+from tokenflow_ext.ops._native import BACKENDS
+from tokenflow_ext.quantize._codebook import keep_precision
+from tokenflow_ext.quantize._ranks import all_reduce
+
+WARM = 100
+"""Updates after which the moving averages of usage slow down, from 0.9 to 0.99."""
+
+
+class FullPrecision(nn.Module):
+    """A module whose own tensors stay float32 (float64) when the model around them becomes half precision."""
+
+    def _apply(self, fn, recurse=True):
+        return keep_precision(self, super()._apply, fn, recurse)
+
+
+class Table(FullPrecision, nn.Embedding):
+    """A codebook `weight` [K, D] under the name of an nn.Embedding, looked up by the native kernel."""
+
+    def __init__(self, codes: int, width: int, backend: str):
+        super().__init__(codes, width)
+        self.backend = backend
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """weight[indices], [..., D]."""
+        return ops.lookup(indices.long(), self.weight, backend=self.backend)
+
+
+def known_backend(owner: str, value: str) -> str:
+    """`value` if it names a backend."""
+    if value not in BACKENDS:
+        raise ValueError(f"{owner}: backend: wanted one of {', '.join(BACKENDS)}, got {value!r}")
+    return value
+
+
+def distributed() -> bool:
+    """Whether a process group is up."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def world_size() -> int:
+    """Ranks of torch.distributed; 1 without it."""
+    return torch.distributed.get_world_size() if distributed() else 1
+
+
+@torch.no_grad()
+def count(indices: torch.Tensor, rows: torch.Tensor, codes: int, *, ranks: bool) -> torch.Tensor:
+    """How often each code was chosen, float32 [G, K]; without a one-hot, without a synchronisation.
+
+    Args:
+        indices: ids [N, G].
+        rows: [N, G, D] that chose them; those that are not finite do not count.
+        codes: K.
+        ranks: whether to add the other ranks' counts.
+    """
+    groups = indices.shape[1]
+    offset = torch.arange(groups, device=indices.device) * codes
+    hits = torch.zeros(groups * codes, dtype=torch.int64, device=indices.device)
+    hits.scatter_add_(0, (indices + offset).reshape(-1), rows.isfinite().all(-1).to(torch.int64).reshape(-1))
+    if ranks:
+        all_reduce(hits)
+    return hits.view(groups, codes).float()
+
+
+def rates(steps: torch.Tensor) -> torch.Tensor:
+    """Weight of the new value after `steps` updates: 1 for the first, 0.1 while warm, then 0.01."""
+    return torch.where(steps == 0, 1.0, torch.where(steps < WARM, 0.1, 0.01))

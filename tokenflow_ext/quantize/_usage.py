@@ -1,0 +1,51 @@
+"""Usage and perplexity of codes from how often each was hit, and the warning that only a few are."""
+
+import warnings
+
+import torch
+
+from tokenflow_ext.quantize import _ranks
+
+ROWS_PER_CODE = 16
+"""Rows a code on average before a codebook is judged."""
+COLLAPSED = 0.05
+"""Perplexity over K below which it has collapsed."""
+EVERY = 100
+"""Training steps between two looks, on the CPU."""
+
+
+def over_ranks(hits: torch.Tensor, all_ranks: bool) -> torch.Tensor:
+    """hits [R, K] summed over the ranks, or this rank's."""
+    hits = hits.clone()
+    if all_ranks:
+        _ranks.all_reduce(hits)
+    return hits
+
+
+def usage(hits: torch.Tensor) -> torch.Tensor:
+    """Share of the K codes that were hit, [R]."""
+    return (hits > 0).double().mean(-1)
+
+
+def perplexity(hits: torch.Tensor) -> torch.Tensor:
+    """exp of the entropy of the hits, [R]; 0 before any."""
+    total = hits.sum(-1, keepdim=True)
+    share = hits.double() / total.clamp_min(1)
+    return torch.where(total[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
+
+
+def warn_collapse(owner: str, hits: torch.Tensor, threshold: float) -> bool:
+    """Warns where a codebook of hits [G, K] that has seen enough rows uses few codes; whether it did. Waits for the device."""
+    codes = hits.shape[-1]
+    rows, even = hits.sum(-1), perplexity(hits)
+    collapsed = (rows >= ROWS_PER_CODE * codes) & (even < threshold * codes)
+    if not bool(collapsed.any()):
+        return False
+    worst = int(even.masked_fill(~collapsed, float("inf")).argmin())
+    warnings.warn(
+        f"{owner}: the codebook collapses: {int(rows[worst])} rows since reset_usage() hit {int((hits[worst] > 0).sum())} of "
+        f"{codes} codes, perplexity {float(even[worst]):.1f}; kmeans_init, dead_code_threshold or entropy_weight keep codes alive",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return True
