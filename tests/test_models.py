@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from released_files import small_file
 from tokenflow.errors import Missing
-from tokenflow.models import VQVAE, ImageProcessor, TokenFlow, Tokenizer, checkpoint, tokenflow_keys, vit
+from tokenflow.models import VQVAE, ImageProcessor, TokenFlow, Tokenizer, vit
 from tokenflow.models.semantic import Tower
 from tokenflow.models.tokenflow import PRESETS, Config
 
@@ -46,53 +46,56 @@ def test_examples(name):
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 
 
-def test_clip_tower_is_transformers():
+def transformers_tower(name):
+    """A random vision tower of transformers of our small size, SigLIP's with the block that is never read."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.CLIPVisionConfig(
-        image_size=16, patch_size=4, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-        hidden_act="quick_gelu",
-    )  # fmt: skip
-    theirs = transformers.CLIPVisionModel(config).eval()
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3}
+    if name == "clip":
+        config = transformers.CLIPVisionConfig(
+            image_size=16, patch_size=4, num_hidden_layers=2, hidden_act="quick_gelu", **sizes
+        )
+        theirs = transformers.CLIPVisionModel(config).eval()
+    else:
+        config = transformers.SiglipVisionConfig(image_size=23, patch_size=5, num_hidden_layers=3, **sizes)
+        theirs = transformers.SiglipVisionModel(config).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    rules = [
-        (r"^(vision_model\.)?embeddings\.class_embedding$", "class_token"),
-        (r"^(vision_model\.)?embeddings\.patch_embedding", "patches"),
-        (r"^(vision_model\.)?embeddings\.position_embedding\.weight", "positions"),
-        (r"^(vision_model\.)?pre_layrnorm", "pre_norm"),
-        (r"^(vision_model\.)?post_layernorm", "post_norm"),
-        (r"^(vision_model\.)?encoder\.layers\.", ".tower.blocks."),
-        *tokenflow_keys.SIGLIP,
-        (r"^\.tower\.", ""),
-    ]
-    tower = CLIP.tower.build().eval()
-    checkpoint.fit(checkpoint.rename(theirs.state_dict(), rules), tower, "transformers")
-    x = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        hidden = theirs(x).last_hidden_state[:, 1:]
-        norm = next(m for n, m in theirs.named_modules() if n.endswith("post_layernorm"))
-        torch.testing.assert_close(tower(x).flatten(1, 2), norm(hidden), atol=1e-4, rtol=1e-4)
+    return theirs
 
 
-def test_siglip_tower_is_transformers_before_its_last_block():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.SiglipVisionConfig(
-        image_size=23, patch_size=5, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_towers_are_those_of_transformers_and_start_from_their_files(name, prefix, tmp_path):
+    theirs, model = transformers_tower(name), small(CONFIGS[name])
+    state = {prefix + key.removeprefix("vision_model."): value for key, value in theirs.state_dict().items()}
+    torch.save(
+        {**state, "text_model.final_layer_norm.weight": torch.zeros(3), "logit_scale": torch.zeros(())},
+        tmp_path / "x.pt",
     )
-    theirs = transformers.SiglipVisionModel(config).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    names = {f"encoder_vqkd.vision_model.{k.removeprefix('vision_model.')}": v for k, v in theirs.state_dict().items()}
-    drops = [*tokenflow_keys.DROPS, (r".*\.layers\.2\..*", "last")]
-    converted = checkpoint.rename(names, [*tokenflow_keys.SIGLIP, (r"^semantic_encoder\.tower\.", "")], drops)
-    tower = SIGLIP.tower.build().eval()
-    checkpoint.fit(converted, tower, "transformers")
-    x = torch.randn(2, 3, 23, 23)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_tower(tmp_path / "x.pt")
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {k for k in before if k.startswith("semantic_encoder.tower.")}
+    x = torch.randn(2, 3, *model.image_size)
     with torch.no_grad():
-        expected = theirs(x, output_hidden_states=True).hidden_states[-2]
-        torch.testing.assert_close(tower(x).flatten(1, 2), expected, atol=1e-4, rtol=1e-4)
+        out = theirs(x, output_hidden_states=True)
+        expected = out.hidden_states[-2]
+        if name == "clip":
+            norm = next(m for n, m in theirs.named_modules() if n.endswith("post_layernorm"))
+            expected = norm(out.last_hidden_state[:, 1:])
+        torch.testing.assert_close(model.semantic_encoder.tower(x).flatten(1, 2), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tower_that_does_not_fit_is_a_sentence(tmp_path):
+    torch.save(transformers_tower("siglip").state_dict(), tmp_path / "x.pt")
+    with pytest.raises(
+        ValueError, match="load_tower: path: wanted the weights of a VisionTransformer.*missing"
+    ) as caught:
+        small(CLIP).load_tower(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="small networks"):
+        TokenFlow.from_preset("tokenflow-tiny").load_tower(tmp_path / "x.pt")
 
 
 def cubic_rows(count, side, ratio):
@@ -247,6 +250,9 @@ def test_sizes_that_cannot_be_are_told_when_the_model_is_made():
     for changes, words in (
         ({"scales": (1, 5)}, "TokenFlow: scales: wanted sides of 1 to 4 x 4 cells"),
         ({"image_size": 3}, "TokenFlow: image_size: wanted at least 4 x 4"),
+        ({"image_size": (16, 16, 3)}, "TokenFlow: image_size: wanted an integer, or height and width"),
+        ({"image_size": 16.0}, "TokenFlow: image_size: wanted an integer, or height and width"),
+        ({"scales": (1, (2, 2, 2))}, "TokenFlow: scales: wanted an integer, or height and width"),
     ):
         with pytest.raises(ValueError, match=words):
             TokenFlow(replace(CLIP, **changes))

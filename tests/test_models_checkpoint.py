@@ -89,6 +89,21 @@ def test_where_weights_lie_in_a_file(name, tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("name", "prefix"), [("tokenflow_b", "visual."), ("tokenflow_l", "visual.trunk.")])
+def test_towers_start_from_openais_and_open_clips_files(name, prefix, tmp_path):
+    state = small_file(name)
+    config = TokenFlow.recognise(state)
+    clip = {k.replace("encoder_vqkd.", prefix): v for k, v in state.items() if k.startswith("encoder_vqkd.")}
+    save_file(
+        {**clip, "visual.proj": torch.zeros(2), "visual.head.proj.weight": torch.zeros(2)}, tmp_path / "x.safetensors"
+    )
+    model, whole = TokenFlow(config), TokenFlow(config)
+    model.load_tower(tmp_path / "x.safetensors")
+    checkpoint.fit(TokenFlow.convert(state, config), whole, name)
+    for key, value in whole.semantic_encoder.tower.state_dict().items():
+        assert torch.equal(model.semantic_encoder.tower.state_dict()[key], value), key
+
+
 class Hostile:
     """Unpickled by Python's own reader, it makes the file."""
 

@@ -116,3 +116,14 @@ def test_presets_have_the_published_number_of_tokens(preset, tokens):
     config = PRESETS[preset]
     assert sum(s * s for s in config.scales) == tokens
     assert config.scales[-1] == config.image_size // config.tower.patch
+
+
+@pytest.mark.parametrize("preset", [name for name, config in PRESETS.items() if config.tower is not None])
+def test_published_sizes_pass_through_every_network(preset):
+    with torch.device("meta"), torch.inference_mode():
+        model = TokenFlow.from_preset(preset).eval()
+        images = torch.empty(2, 3, *model.image_size)
+        features = model.encode_features(images)
+        assert features.shape == (2, 40, *model.grid)
+        assert model.decode_features(features).shape == images.shape
+        assert model.decode_semantic(features).shape == (2, model.config.teacher_dim, *model.grid)

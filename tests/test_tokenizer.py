@@ -1,5 +1,6 @@
 """The tokenizer: shapes and bad input, its files, training that repeats and resumes, and the measures."""
 
+import json
 import os
 import signal
 
@@ -71,6 +72,11 @@ def test_saved_and_loaded_model_gives_the_same_tokens(model, images, tmp_path):
     again = TokenFlow.from_pretrained(tmp_path)
     assert again.config == model.config
     assert torch.equal(again.encode(images), model.encode(images))
+    values = json.loads((tmp_path / "config.json").read_text())
+    first = "model image_size scales semantic_dim pixel_dim codebook_size pixel_weight commitment_weight decay scale_dropout"
+    first = {name: values[name] for name in f"{first} dead_code_threshold widths teacher_dim".split()}
+    (tmp_path / "config.json").write_text(json.dumps(first))
+    assert TokenFlow.from_pretrained(tmp_path).config == model.config, "folders from before the published sizes"
     (tmp_path / "config.json").write_text('{"model": "another"}')
     with pytest.raises(ValueError, match="another"):
         TokenFlow.from_pretrained(tmp_path)

@@ -153,7 +153,7 @@ def rename(
     return out
 
 
-def fit(converted: Converted, model: nn.Module, path: str | Path) -> None:
+def fit(converted: Converted, model: nn.Module, path: str | Path, *, caller: str = "from_checkpoint") -> None:
     """Load strictly: every name of the file is used or was dropped, every tensor of the model is given, shapes agree up to
     axes of length one.
 
@@ -176,7 +176,7 @@ def fit(converted: Converted, model: nn.Module, path: str | Path) -> None:
     ]
     if any(problems):
         raise ValueError(
-            f"from_checkpoint: path: wanted the weights of a {type(model).__name__}, got {path} with "
+            f"{caller}: path: wanted the weights of a {type(model).__name__}, got {path} with "
             f"{'; '.join(filter(None, problems))}"
         )
     model.load_state_dict(values)

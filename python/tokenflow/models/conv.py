@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenflow.models.precision import in_full
 from tokenflow.models.upsample import UpConv
 
 
@@ -24,18 +24,6 @@ def norm(channels: int) -> nn.GroupNorm:
     """GroupNorm of 32 groups; fewer where the channels do not divide."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def in_full(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """layer(x) in float32 (float64 for float64) whatever the layer's or autocast's type.
-
-    For the last layer before the codes: rounded to bfloat16, its results choose other codes.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        x, weight, bias = (t if t.dtype == torch.float64 else t.float() for t in (x, layer.weight, layer.bias))
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, weight, bias)
-        return F.conv2d(x, weight, bias, padding=layer.padding)
 
 
 class Residual(nn.Module):

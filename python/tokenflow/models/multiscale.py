@@ -58,6 +58,10 @@ class MultiScaleTokenizer(Tokenizer):
             ValueError: sizes or scales that cannot be.
         """
         config = super().changed(config, values)
+        for name, sides in (("image_size", config.image_size), *(("scales", s) for s in config.scales)):
+            pair = _pair(sides)
+            if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+                raise ValueError(f"{cls.__name__}: {name}: wanted an integer, or height and width, got {sides!r}")
         size = _pair(config.image_size)
         grid = cls.grid_of(config, size)
         scales = (
@@ -127,4 +131,4 @@ class MultiScaleTokenizer(Tokenizer):
 
 
 def _pair(sides: int | Sequence[int]) -> tuple[int, int]:
-    return (sides, sides) if isinstance(sides, int) else tuple(sides)
+    return tuple(sides) if isinstance(sides, Sequence) else (sides, sides)

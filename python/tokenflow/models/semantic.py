@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenflow.models.conv import in_full
+from tokenflow.models.precision import in_full
 from tokenflow.models.vit import VisionTransformer
 from tokenflow.models.vitamin import ViTamin
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -171,6 +172,21 @@ class TokenFlow(MultiScaleTokenizer):
     @classmethod
     def convert(cls, state: Mapping[str, Tensor], config: Config) -> checkpoint.Converted:
         return tokenflow_keys.convert(state, config)
+
+    def load_tower(self, path: str | Path) -> None:
+        """Start the semantic encoder from a CLIP or SigLIP, as training from nothing does; its head and all else stay.
+
+        Args:
+            path: a file of weights with the names of transformers, OpenAI's CLIP or open_clip; a text tower in it is left out.
+
+        Raises:
+            ValueError: a model without such a tower, or weights of another.
+        """
+        if self.config.tower is None:
+            raise ValueError("load_tower: wanted a model with a published tower, got the demo's small networks")
+        state, _ = checkpoint.read(path, self.places)
+        converted = tokenflow_keys.tower_start(state, self.config.tower)
+        checkpoint.fit(converted, self.semantic_encoder.tower, path, caller="load_tower")
 
     def make_quantizer(self) -> MultiScaleQuantizer:
         c = self.config

@@ -55,6 +55,14 @@ SIGLIP = [
     (r"(\.tower\..*)\.mlp\.fc", r"\1.fc"),
 ]
 VITAMIN = [(r"^encoder_vqkd\.(patch_embed|blocks)\.", r"semantic_encoder.tower.\1.")]
+# CLIP and SigLIP as transformers, OpenAI's CLIP and open_clip name them, under the names above.
+STARTS = [
+    (r"^visual\.(?:trunk\.)?", "encoder_vqkd."),
+    (r"^(?:vision_model\.)?(embeddings|encoder|pre_layrnorm|post_layernorm|head)\b", r"encoder_vqkd.vision_model.\1"),
+    (r"^encoder_vqkd\.vision_model\.embeddings\.class_embedding$", "semantic_encoder.tower.class_token"),
+    (r"^encoder_vqkd\.vision_model\.pre_layrnorm\.", "semantic_encoder.tower.pre_norm."),
+    (r"^encoder_vqkd\.vision_model\.post_layernorm\.", "semantic_encoder.tower.post_norm."),
+]
 SEMANTIC_DECODER = [
     (r"^decoder_vqkd\.cls_token$", "semantic_decoder.body.class_token"),
     (r"^decoder_vqkd\.pos_embed$", "semantic_decoder.body.positions"),
@@ -150,3 +158,16 @@ def convert(state: Mapping[str, Tensor], config: Config) -> Converted:
         last = rf"encoder_vqkd\.vision_model\.encoder\.layers\.{config.tower.depth}\..*"
         drops = [*drops, (last, "the last block, behind the features that are read")]
     return rename({**state, **zeros}, RULES, drops)
+
+
+def tower_start(state: Mapping[str, Tensor], tower: Tower) -> Converted:
+    """The vision tower's part of a CLIP's or SigLIP's weights, under the names of the module that `tower.build()` makes."""
+    converted = rename(state, [*STARTS, *CLIP, *SIGLIP, *VITAMIN])
+    at, unread = "semantic_encoder.tower.", ("post_norm.", f"blocks.{tower.depth}.") if tower.kind == "siglip" else ()
+    return Converted(
+        {
+            name.removeprefix(at): value
+            for name, value in converted.state.items()
+            if name.startswith(at) and not name.removeprefix(at).startswith(unread)
+        }
+    )

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tokenflow.errors import Missing
 from tokenflow.models import checkpoint
 from tokenflow.models.image_processor import ImageProcessor
+from tokenflow.models.precision import full, without_autocast
 from tokenflow_ext.quantize import Quantized
 
 FILES = ("config.json", "model.safetensors")
@@ -248,7 +249,7 @@ class Tokenizer(nn.Module):
 
     def quantize(self, features: Tensor) -> Quantized:
         """The quantizer on features, in float32 (float64 for float64) whatever autocast says."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return self.quantizer(full(features))
 
     def forward(self, images: Tensor) -> NamedTuple:
@@ -260,7 +261,7 @@ class Tokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Token ids of images [B, 3, H, W] in [-1, 1]: [B, L], coarse scales first, or [B, G, L] for G codebooks."""
         features = self.encode_features(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images):
             return self.quantizer.encode(full(features))
 
     def codes(self, indices: Tensor) -> Tensor:
@@ -326,11 +327,6 @@ def from_json(config_type: type, values: Mapping[str, Any]) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or float64 if it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _hub(name: str) -> ModuleType:

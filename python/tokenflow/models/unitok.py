@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow.models import checkpoint, unitok_checkpoint
+from tokenflow.models.precision import full
 from tokenflow.models.projection import AttnProjection
 from tokenflow.models.text import TextTower
-from tokenflow.models.tokenizer import Tokenizer, full
+from tokenflow.models.tokenizer import Tokenizer
 from tokenflow.models.vitamin import EPS, PATCH, ViTamin, ViTaminDecoder
 from tokenflow_ext.quantize import VectorQuantizer
 
