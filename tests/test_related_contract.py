@@ -166,6 +166,18 @@ def test_copies(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_in_half_precision_is_read_in_full(kind):
+    """Whether its numbers are copied or its tensors taken, what chooses codes goes on in float32."""
+    saved = build(kind).state_dict()
+    half = {name: t.half() if t.is_floating_point() else t for name, t in saved.items()}
+    for assign in (False, True):
+        quantizer = build(kind)
+        quantizer.load_state_dict(half, assign=assign)
+        for name, tensor in quantizer.state_dict().items():
+            assert tensor.dtype == saved[name].dtype and torch.equal(tensor, half[name].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_reference_backend(kind):
     native, (x,) = build(kind), leaves(features(kind))
     torch.manual_seed(5)

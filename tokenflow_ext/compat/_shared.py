@@ -5,18 +5,11 @@ from torch import nn
 
 from tokenflow_ext import ops
 from tokenflow_ext.ops._native import BACKENDS
-from tokenflow_ext.quantize._codebook import keep_precision
+from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._ranks import all_reduce
 
 WARM = 100
 """Updates after which the moving averages of usage slow down, from 0.9 to 0.99."""
-
-
-class FullPrecision(nn.Module):
-    """A module whose own tensors stay float32 (float64) when the model around them becomes half precision."""
-
-    def _apply(self, fn, recurse=True):
-        return keep_precision(self, super()._apply, fn, recurse)
 
 
 class Table(FullPrecision, nn.Embedding):
@@ -36,16 +29,6 @@ def known_backend(owner: str, value: str) -> str:
     if value not in BACKENDS:
         raise ValueError(f"{owner}: backend: wanted one of {', '.join(BACKENDS)}, got {value!r}")
     return value
-
-
-def distributed() -> bool:
-    """Whether a process group is up."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def world_size() -> int:
-    """Ranks of torch.distributed; 1 without it."""
-    return torch.distributed.get_world_size() if distributed() else 1
 
 
 @torch.no_grad()

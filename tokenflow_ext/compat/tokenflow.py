@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import FullPrecision, Table, known_backend
+from tokenflow_ext.compat._shared import Table, known_backend
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import _recomputing
+from tokenflow_ext.quantize._codebook import recomputing
+from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._ranks import all_reduce
 
 WINDOW = 131072
@@ -179,7 +180,7 @@ class VectorQuantizer(FullPrecision):
     @torch.no_grad()
     def _usage(self, ids: Tensor, rows: Tensor, cells: Sequence[int]):
         """Share of codes in the window after it took these ids; with quirks the mean over scales that come one by one."""
-        moves = self.training and self.show_usage and not _recomputing()
+        moves = self.training and self.show_usage and not recomputing()
         if self.quirks:
             parts = ids.split(cells, dim=1) if moves else ()
             return sum(self._window_share(part.reshape(-1)) for part in parts) / len(cells)

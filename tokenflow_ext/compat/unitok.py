@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import WARM, FullPrecision, Table, count, known_backend, rates
+from tokenflow_ext.compat._shared import WARM, Table, count, known_backend, rates
 from tokenflow_ext.ops._check import flag, positive
-from tokenflow_ext.quantize._codebook import _recomputing
+from tokenflow_ext.quantize._codebook import recomputing
+from tokenflow_ext.quantize._precision import FullPrecision
 
 EPS = 1e-7
 """Of the entropy loss."""
@@ -136,7 +137,7 @@ class VectorQuantizerM(FullPrecision):
     @torch.no_grad()
     def _usage(self, indices: Tensor, rows: Tensor) -> Tensor:
         codes = self.vocab_size // self.num_codebooks
-        moves = (self.quirks or self.training) and not _recomputing()
+        moves = (self.quirks or self.training) and not recomputing()
         share = None
         if moves or self.quirks:
             counts = count(indices.flatten(0, -2), rows.detach().flatten(0, -3), codes, ranks=self.training)

@@ -11,20 +11,13 @@ from torch import Tensor, nn
 
 from tokenflow_ext import ops
 from tokenflow_ext._scales import grids, pair
-from tokenflow_ext.compat._shared import (
-    WARM,
-    FullPrecision,
-    Table,
-    count,
-    distributed,
-    known_backend,
-    rates,
-    world_size,
-)
+from tokenflow_ext.compat._shared import WARM, Table, count, known_backend, rates
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import _recomputing
+from tokenflow_ext.quantize._codebook import recomputing
+from tokenflow_ext.quantize._precision import FullPrecision
+from tokenflow_ext.quantize._ranks import distributed, ranks
 
 NAME = "VectorQuantizer2"
 USED = 0.08
@@ -243,7 +236,7 @@ class VectorQuantizer2(FullPrecision):
     @torch.no_grad()
     def _record(self, indices: Tensor, rows: Tensor, scales: Sequence[tuple[int, int]]) -> None:
         """Moves `ema_vocab_hit_SV` by the ids [B, L] of rows [B, L, C]."""
-        if _recomputing() or (self.quirks and not distributed()):
+        if recomputing() or (self.quirks and not distributed()):
             return
         first = [torch.full((h * w,), s * self.vocab_size, device=indices.device) for s, (h, w) in enumerate(scales)]
         places = (indices + torch.cat(first)).reshape(-1, 1)
@@ -260,7 +253,7 @@ class VectorQuantizer2(FullPrecision):
     def _usages(self, rows: int) -> list[float]:
         hits = self.ema_vocab_hit_SV
         if self.quirks:
-            used = hits >= world_size() * rows / self.vocab_size * USED
+            used = hits >= ranks()[1] * rows / self.vocab_size * USED
         else:
             used = (hits >= hits.sum(-1, keepdim=True) / self.vocab_size * USED) & (hits > 0)
         return (100 * used.float().mean(-1)).tolist()

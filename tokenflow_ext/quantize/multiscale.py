@@ -9,12 +9,13 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import _recomputing, in_full_precision, keep_precision, moved_counts
+from tokenflow_ext.quantize._codebook import recomputing
 from tokenflow_ext.quantize._masked import scale_losses
+from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(FullPrecision):
     """Residual quantization over a pyramid of scales (VAR, TokenFlow) around a quantizer with one group.
 
     r = f; for every scale: q = code(down(r)); f_hat += phi(up(q)); r -= phi(up(q)). Down is area, up is bicubic.
@@ -43,6 +44,7 @@ class MultiScaleQuantizer(nn.Module):
         (torch.Size([2, 21]), [torch.Size([1, 1]), torch.Size([2, 2]), torch.Size([4, 4])])
     """
 
+    counters = ("scale_hits",)
     gradient = "straight_through"
 
     def __init__(
@@ -50,7 +52,6 @@ class MultiScaleQuantizer(nn.Module):
         normalize_codes: bool | None = None, scale_dropout: float = 0.0, scale_weights: Sequence[float] | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.register_load_state_dict_post_hook(in_full_precision)
         name = type(self).__name__
         wanted = f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got"
         if not isinstance(quantizer, Quantizer):
@@ -89,11 +90,6 @@ class MultiScaleQuantizer(nn.Module):
         if not sum(weights) > 0:
             raise ValueError(f"MultiScaleQuantizer: scale_weights: wanted one above 0, got {weights}")
         return weights
-
-    def _apply(self, fn, recurse=True):
-        keep_precision(self, super()._apply, fn, recurse)
-        self.scale_hits = moved_counts(fn, self.scale_hits)
-        return self
 
     def _options(self, scales: Sequence[int] | None = None) -> dict:
         """Keywords of the multi-scale ops for the scales at these positions (all by default)."""
@@ -197,7 +193,7 @@ class MultiScaleQuantizer(nn.Module):
             pooled = ops.multiscale_rows(x, indices, q.codebooks(), **common)
             pooled = pooled if mask is None else pooled[mask]
             loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in pooled.split(lengths, dim=1)])
-        if not _recomputing():
+        if not recomputing():
             good = rows.isfinite().all(-1)
             good = (good if mask is None else good & mask[:, None]).to(torch.int64)
             for s, ids, counts in zip(kept, indices.split(lengths, dim=1), good.split(lengths, dim=1), strict=True):

@@ -11,6 +11,7 @@ from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._native import real
 from tokenflow_ext.ops.multiscale import quantize_with_rows
 from tokenflow_ext.quantize._gradients import straight_through
+from tokenflow_ext.quantize._losses import two_sided
 from tokenflow_ext.quantize._quantizer import Quantizer
 from tokenflow_ext.quantize.multiscale import MultiScaleQuantizer
 
@@ -110,7 +111,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
         for s, ids in enumerate(indices.split(self._lengths(range(len(self.scales))), dim=1)):
             f = f + ops.multiscale_decode(ids, q.codebooks(), size=size, **self._options([s]))
             counted = active[:, s, None, None, None] & finite
-            weight = 1 / (ops._check.count(x.shape[1:]) * active[:, s].sum().clamp_min(1)).to(x.dtype)
-            for term, a, b in ((q.codebook_weight, f, x.detach()), (q.commitment_weight, f.detach(), x)):
-                loss = loss + term * weight * torch.where(counted, a - b, 0.0).square().sum()
+            loss = loss + two_sided(q, f, x, counted) / (
+                active[:, s].sum().clamp_min(1) * ops._check.count(x.shape[1:])
+            )
         return loss / len(self.scales)

@@ -9,7 +9,7 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops.search import _window
 from tokenflow_ext.quantize._codebook import Codebook
-from tokenflow_ext.quantize._exact import Linear, without_autocast
+from tokenflow_ext.quantize._precision import Linear, without_autocast
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 

@@ -7,8 +7,8 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import real
 from tokenflow_ext.quantize._compound import Compound
-from tokenflow_ext.quantize._exact import mean_square
 from tokenflow_ext.quantize._gradients import straight_through
+from tokenflow_ext.quantize._losses import two_sided
 from tokenflow_ext.quantize.vector import VectorQuantizer
 
 
@@ -108,9 +108,8 @@ class ResidualQuantizer(Compound):
         f, loss = torch.zeros_like(flat), flat.new_zeros(())
         for d in range(depth):
             f = f + self._level(d).codebook.rows(ids[d], first.backend)
-            loss = loss + first.codebook_weight * mean_square(f, flat.detach(), good)
-            loss = loss + first.commitment_weight * mean_square(f.detach(), flat, good)
-        loss = loss / depth
+            loss = loss + two_sided(first, f, flat, good.unsqueeze(-1))
+        loss = loss / (depth * max(ops._check.count(flat.shape), 1))
         if self.training:
             loss = self._observe(rows, ids, loss)
         blank = [torch.full_like(ids[0], -1)] * (self.depth - depth)

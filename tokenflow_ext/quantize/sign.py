@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import BACKENDS, real
-from tokenflow_ext.quantize._codebook import _recomputing
-from tokenflow_ext.quantize._exact import mean_square
+from tokenflow_ext.quantize._codebook import recomputing
+from tokenflow_ext.quantize._gradients import straight_through
+from tokenflow_ext.quantize._losses import mean_square
 
 MOST_BITS = 62
 
@@ -144,8 +145,7 @@ class SignQuantizer(nn.Module):
             if self.entropy_weight:
                 loss = loss + self.entropy_weight * self._entropy(y, good)
             self._count(bits, good)
-        # y - y is 0 or -0, which changes no bit of codes that are not 0.
-        quantized = torch.where(good.unsqueeze(-1), q + (y - y.detach()), torch.nan)
+        quantized = straight_through(y, torch.where(good.unsqueeze(-1), q, torch.nan))
         return Quantized(quantized.movedim(-1, self.channel_dim).to(x.dtype), pack_bits(bits), loss)
 
     def _entropy(self, y: Tensor, good: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class SignQuantizer(nn.Module):
 
     @torch.no_grad()
     def _count(self, bits: Tensor, good: Tensor) -> None:
-        if not _recomputing():
+        if not recomputing():
             rows = torch.cat([good.unsqueeze(-1), bits], dim=-1).reshape(-1, self.dim + 1)
             self.hits += rows.to(torch.int64).sum(0)
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import real
-from tokenflow_ext.quantize._exact import LayerNorm, Linear, RMSNorm, mean_square
+from tokenflow_ext.quantize._losses import mean_square
+from tokenflow_ext.quantize._precision import LayerNorm, Linear, RMSNorm
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
