@@ -23,6 +23,7 @@ from tokenflow_ext.quantize import (
     SoftMultiScaleQuantizer,
     VectorQuantizer,
 )
+from tokenflow_ext.quantize._codebook import Codebook
 
 
 def state(module):
@@ -120,6 +121,36 @@ def test_rows_that_are_not_finite(kind):
         for name, tensor in quantizer.named_parameters():
             assert tensor.grad is None or tensor.grad.isfinite().all(), name
         assert all(t.isfinite().all() for t in state(quantizer).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_not_finite_are_told_of_once(kind):
+    """Once by each codebook, not by every op of every step."""
+    options = {} if kind in ("sign", "spherical") else {"entropy_weight": 0.1}
+    quantizer, x = build(kind, **options), features(kind)
+    x[1] = float("nan")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            quantizer(x)
+    books = [m for m in quantizer.modules() if isinstance(m, Codebook)]
+    assert len(told) == len(books) and all("non_finite_rows" in str(t.message) for t in told), [
+        str(t.message) for t in told
+    ]
+
+
+@pytest.mark.parametrize("kind", ["soft_multiscale", "soft_multiscale_ibq", "prefix"])
+def test_every_scale_counts_its_rows(kind):
+    quantizer, x = build(kind), features(kind)
+    x[1, 2, 0, 0] = float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            checkpoint(quantizer, x.requires_grad_(), use_reentrant=False).loss.backward()
+    assert torch.equal(quantizer.scale_hits.sum(0), quantizer.quantizer.codebook.hits[0])
+    # The first scale's one row holds the whole map, so that a pixel spoils its image at every scale.
+    assert quantizer.scale_hits.sum(1).tolist() == [2 * 5 * h * w for h, w in quantizer.scales]
+    assert (quantizer.usage(per="scale") > 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

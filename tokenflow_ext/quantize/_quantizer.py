@@ -153,11 +153,12 @@ class Quantizer(nn.Module):
         tables = self.codebook.tables()
         for part in rows:
             x = part if self.codebook.groups > 1 else part[:, 0].split(self.codebook.widths, dim=-1)
-            first, second = ops.entropy_loss(
-                x, tables[0] if self.codebook.groups > 1 else tables, metric=self.metric,
-                weights=None if self.codebook.groups > 1 else self.weights, temperature=self.entropy_temperature,
-                eps=self.entropy_eps, backend=self.backend,
-            )  # fmt: skip
+            with self.codebook.quietly():
+                first, second = ops.entropy_loss(
+                    x, tables[0] if self.codebook.groups > 1 else tables, metric=self.metric,
+                    weights=None if self.codebook.groups > 1 else self.weights, temperature=self.entropy_temperature,
+                    eps=self.entropy_eps, backend=self.backend,
+                )  # fmt: skip
             loss = loss + self.entropy_weight / len(rows) * (first - second)
         return loss
 

@@ -193,15 +193,20 @@ class MultiScaleQuantizer(FullPrecision):
             pooled = ops.multiscale_rows(x, indices, q.codebooks(), **common)
             pooled = pooled if mask is None else pooled[mask]
             loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in pooled.split(lengths, dim=1)])
-        if not recomputing():
-            good = rows.isfinite().all(-1)
-            good = (good if mask is None else good & mask[:, None]).to(torch.int64)
-            for s, ids, counts in zip(kept, indices.split(lengths, dim=1), good.split(lengths, dim=1), strict=True):
-                self.scale_hits[s].scatter_add_(0, ids.reshape(-1), counts.reshape(-1))
+        good = rows.isfinite().all(-1)
+        self._count(indices, good if mask is None else good & mask[:, None], kept)
         flat_mask = None if mask is None else mask[:, None].expand(indices.shape).reshape(-1)
         with q.codebook.quietly():
             q.codebook.observe(rows.reshape(-1, 1, q.dim), indices.reshape(-1, 1), q.backend, mask=flat_mask)
         return loss
+
+    def _count(self, indices: torch.Tensor, good: torch.Tensor, kept: Sequence[int]) -> None:
+        """Adds ids [B, L] to the hits of their scales, where good [B, L] holds."""
+        if recomputing():
+            return
+        parts = (part.split(self._lengths(kept), dim=1) for part in (indices, good.to(torch.int64)))
+        for s, ids, counts in zip(kept, *parts, strict=True):
+            self.scale_hits[s].scatter_add_(0, ids.reshape(-1), counts.reshape(-1))
 
     def _with_dropped(self, indices: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """Ids of the kept scales with -1 at the places of the dropped one."""

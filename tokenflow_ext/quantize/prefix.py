@@ -84,7 +84,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
         common = {**self._options(), "weights": q.weights, "loss_on": self.loss_on}
         if self.training and features.shape[1] == q.dim:
             self._initialise(features, None, common)
-        with torch.no_grad():
+        with torch.no_grad(), q.codebook.quietly():
             (whole, indices, _), rows = quantize_with_rows(
                 features, q.codebooks(), **common, commitment_weight=0.0, codebook_weight=0.0
             )

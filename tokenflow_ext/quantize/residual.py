@@ -104,7 +104,8 @@ class ResidualQuantizer(Compound):
         shaped = first._rows(x)
         flat = first._flat(shaped.to(real(shaped, *first.codebooks())))
         good = flat.isfinite().all(-1)
-        rows, ids = self._search(flat.detach(), depth, self.training)
+        with first.codebook.quietly():
+            rows, ids = self._search(flat.detach(), depth, self.training)
         f, loss = torch.zeros_like(flat), flat.new_zeros(())
         for d in range(depth):
             f = f + self._level(d).codebook.rows(ids[d], first.backend)
@@ -119,14 +120,14 @@ class ResidualQuantizer(Compound):
 
     def _observe(self, rows: list[Tensor], ids: list[Tensor], loss: Tensor) -> Tensor:
         """Counts a training batch and moves the codebooks by it; the loss with the entropy term."""
-        if self.shared:
-            loss = self.quantizers[0]._with_entropy(loss, rows)
-            rows, ids = [torch.cat(rows)], [torch.cat(ids)]
-        else:
-            terms = [level._with_entropy(loss.new_zeros(()), [r]) for level, r in zip(self.quantizers, rows)]
+        if self.quantizers[0].entropy_weight > 0:
+            terms = [self._level(d)._with_entropy(loss.new_zeros(()), [r]) for d, r in enumerate(rows)]
             loss = loss + sum(terms) / len(terms)
+        if self.shared:
+            rows, ids = [torch.cat(rows)], [torch.cat(ids)]
         for level, level_rows, level_ids in zip(self.quantizers, rows, ids):
-            level.codebook.observe(level_rows, level_ids, level.backend)
+            with level.codebook.quietly():
+                level.codebook.observe(level_rows, level_ids, level.backend)
         return loss
 
     @torch.no_grad()

@@ -59,7 +59,8 @@ class SoftQuantizer(Quantizer):
 
     def step(self, z: Tensor, keys: Tensor, values: Tensor) -> Quantized:
         """`choose` with its loss, entropy term included; in training counts usage."""
-        quantized, indices, queries, good = self.choose(z, keys, values)
+        with self.codebook.quietly():
+            quantized, indices, queries, good = self.choose(z, keys, values)
         hard = ops.lookup(indices, values, backend=self.backend)
         loss = (
             mean_square(quantized, z, good)
@@ -75,7 +76,8 @@ class SoftQuantizer(Quantizer):
         if self.entropy_weight == 0:
             return 0.0
         options = {"metric": "dot", "temperature": self.entropy_temperature / self.scale, "eps": self.entropy_eps}
-        first, second = ops.entropy_loss(queries, keys, **options, backend=self.backend)
+        with self.codebook.quietly():
+            first, second = ops.entropy_loss(queries, keys, **options, backend=self.backend)
         return self.entropy_weight * (first - second)
 
     def forward(self, x: Tensor) -> Quantized:

@@ -77,7 +77,15 @@ class SoftMultiScaleQuantizer(MultiScaleQuantizer):
         Raises:
             ValueError, TypeError: wrong width or type, or a scale larger than the map.
         """
-        f_hat, indices, losses = self._loop(features, self.quantizer.step)
+        good = []
+
+        def step(rows: Tensor, *tables: Tensor) -> Quantized:
+            good.append(rows.detach().isfinite().all(-1).flatten(1))
+            return self.quantizer.step(rows, *tables)
+
+        f_hat, indices, losses = self._loop(features, step)
+        if self.training:
+            self._count(indices, torch.cat(good, dim=1), range(len(self.scales)))
         return Quantized(f_hat.to(features.dtype), indices, sum(loss for (loss,) in losses) / len(losses))
 
     @torch.no_grad()
