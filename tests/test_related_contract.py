@@ -126,14 +126,13 @@ def test_rows_that_are_not_finite(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_are_not_finite_are_told_of_once(kind):
     """Once by each codebook, not by every op of every step."""
-    options = {} if kind in ("sign", "spherical") else {"entropy_weight": 0.1}
-    quantizer, x = build(kind, **options), features(kind)
+    quantizer, x = build(kind, entropy_weight=0.1), features(kind)
     x[1] = float("nan")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
             quantizer(x)
-    books = [m for m in quantizer.modules() if isinstance(m, Codebook)]
+    books = [m for m in quantizer.modules() if isinstance(m, (Codebook, SignQuantizer))]
     assert len(told) == len(books) and all("non_finite_rows" in str(t.message) for t in told), [
         str(t.message) for t in told
     ]
@@ -317,6 +316,7 @@ BAD = [
     (TypeError, "IndexPropagationQuantizer", "x", lambda: IndexPropagationQuantizer(4, 9)(torch.ones(2, 4, dtype=torch.int64))),
     (ValueError, "AttentionQuantizer", "key_dim", lambda: AttentionQuantizer(4, 9, key_dim=0)),
     (ValueError, "AttentionQuantizer", "norm", lambda: AttentionQuantizer(4, 9, norm="batch")),
+    (ValueError, "AttentionQuantizer", "norm", lambda: AttentionQuantizer(4, 9, norm=["rms"])),
     (ValueError, "AttentionQuantizer", "norm_eps", lambda: AttentionQuantizer(4, 9, norm_eps=-1.0)),
     (ValueError, "SoftMultiScaleQuantizer", "quantizer", lambda: SoftMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2))),
     (ValueError, "SoftMultiScaleQuantizer", "scales", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), ())),
@@ -332,6 +332,8 @@ BAD = [
     (ValueError, "ProductQuantizer", "quantizers", lambda: ProductQuantizer([VectorQuantizer(4, 9), SharedIndexQuantizer((4,), 9)])),
     (ValueError, "ProductQuantizer", "quantizers", lambda: ProductQuantizer([VectorQuantizer(4, 9), VectorQuantizer(4, 9, channel_dim=1)])),
     (ValueError, "ProductQuantizer", "disentangle_weight", lambda: ProductQuantizer([VectorQuantizer(4, 9), VectorQuantizer(5, 9)], disentangle_weight=0.1)),
+    (TypeError, "ProductQuantizer", "joined", lambda: ProductQuantizer([VectorQuantizer(4, 9)], joined="no")),
+    (ValueError, "ProductQuantizer", "per", lambda: ProductQuantizer([VectorQuantizer(4, 9)]).usage("group")),
     (ValueError, "ProductQuantizer", "x", lambda: ProductQuantizer([VectorQuantizer(4, 9)] * 2, joined=False)([torch.randn(2, 4)])),
     (ValueError, "ProductQuantizer", "x", lambda: ProductQuantizer([VectorQuantizer(4, 9)] * 2)(torch.randn(2, 4))),
     (ValueError, "ProductQuantizer", "indices", lambda: ProductQuantizer([VectorQuantizer(4, 9)] * 2).decode(torch.zeros(3, 3, dtype=torch.int64))),
@@ -341,11 +343,14 @@ BAD = [
     (TypeError, "ProjectedQuantizer", "projection", lambda: ProjectedQuantizer(TABLE, 4, projection=lambda t: t)),
     (ValueError, "ProjectedQuantizer", "projection", lambda: ProjectedQuantizer(TABLE, 5, projection=torch.nn.Identity())(torch.randn(2, 5))),
     (ValueError, "ResidualQuantizer", "depth", lambda: ResidualQuantizer(4, 9, 0)),
+    (TypeError, "ResidualQuantizer", "shared", lambda: ResidualQuantizer(4, 9, 2, shared="no")),
     (ValueError, "ResidualQuantizer", "quantizer_dropout", lambda: ResidualQuantizer(4, 9, 2, quantizer_dropout=1.5)),
     (TypeError, "ResidualQuantizer", "metric", lambda: ResidualQuantizer(4, 9, 2, metric="cosine")),
     (ValueError, "ResidualQuantizer.decode", "indices", lambda: ResidualQuantizer(4, 9, 2).decode(torch.zeros(3, 3, dtype=torch.int64))),
     (ValueError, "SignQuantizer", "dim", lambda: SignQuantizer(63)),
     (ValueError, "SignQuantizer", "entropy_temperature", lambda: SignQuantizer(4, entropy_temperature=0.0)),
+    (ValueError, "SignQuantizer", "entropy_temperature", lambda: SignQuantizer(4, entropy_temperature=float("inf"))),
+    (TypeError, "SignQuantizer", "spherical", lambda: SignQuantizer(4, spherical="no")),
     (ValueError, "SignQuantizer", "x", lambda: SignQuantizer(4)(torch.randn(2, 5))),
     (ValueError, "VectorQuantizer", "gradient", lambda: VectorQuantizer(4, 9, gradient="none")),
     (ValueError, "SharedIndexQuantizer", "gradient", lambda: SharedIndexQuantizer((4,), 9, gradient="none")),

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.ops._native import BACKENDS
 from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._ranks import all_reduce
 
@@ -22,13 +21,6 @@ class Table(FullPrecision, nn.Embedding):
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """weight[indices], [..., D]."""
         return ops.lookup(indices.long(), self.weight, backend=self.backend)
-
-
-def known_backend(owner: str, value: str) -> str:
-    """`value` if it names a backend."""
-    if value not in BACKENDS:
-        raise ValueError(f"{owner}: backend: wanted one of {', '.join(BACKENDS)}, got {value!r}")
-    return value
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import Table, known_backend
+from tokenflow_ext.compat._shared import Table
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.ops.multiscale import quantize_with_rows
@@ -71,7 +71,7 @@ class VectorQuantizer(FullPrecision):
         name = type(self).__name__
         if isinstance(split, str) or not isinstance(split, Sequence) or len(split) != 2:
             raise ValueError(f"{name}: split: wanted two widths (semantic, pixel), got {split!r}")
-        if kmeans:
+        if flag(name, "kmeans", kmeans):
             raise ValueError(
                 f"{name}: kmeans: wanted False (quantize.SharedIndexQuantizer(kmeans_init=True, update='ema') does it), "
                 f"got {kmeans!r}"
@@ -82,7 +82,7 @@ class VectorQuantizer(FullPrecision):
         self.e_dim, self.beta = e_dim, ops._check.non_negative(name, "beta", beta)
         self.entropy_loss_ratio = ops._check.non_negative(name, "entropy_loss_ratio", entropy_loss_ratio)
         self.l2_norm, self.show_usage = flag(name, "l2_norm", l2_norm), flag(name, "show_usage", show_usage)
-        self.quirks, self.backend = flag(name, "quirks", quirks), known_backend(name, backend)
+        self.quirks, self.backend = flag(name, "quirks", quirks), ops._check.backend(name, backend)
         self.embedding_vqkd = Table(n_e, self.split[0], backend)
         self.embedding_vqgan = Table(n_e, self.split[1], backend)
         for table in (self.embedding_vqkd, self.embedding_vqgan):
@@ -262,9 +262,7 @@ class MultiScaleVectorQuantizer(VectorQuantizer):
         super().__init__(*args, **options)
         name = type(self).__name__
         self.scales = _multiscale_check.grids(name, scales)
-        if not 0 <= ops._check.number(name, "scale_drop", scale_drop) <= 1:
-            raise ValueError(f"{name}: scale_drop: wanted a probability, got {scale_drop}")
-        self.scale_drop = scale_drop
+        self.scale_drop = ops._check.share(name, "scale_drop", scale_drop)
 
     def forward(self, z: Tensor) -> tuple[Tensor, tuple, tuple]:
         """Quantizes features z [B, C, H, W]; returns as `VectorQuantizer.forward`, with ids [B, L] of the scales used."""

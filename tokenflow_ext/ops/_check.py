@@ -1,11 +1,11 @@
 """Bad input becomes a sentence before any pointer is touched: op, argument, wanted, got."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from tokenflow_ext.ops._native import FLOATS, check_ids, warn_non_finite
+from tokenflow_ext.ops._native import BACKENDS, FLOATS, check_ids, warn_non_finite
 
 METRICS = ("cosine", "l2", "dot")
 
@@ -28,10 +28,19 @@ def ids(op: str, name: str, value) -> torch.Tensor:
     return value
 
 
-def metric(op: str, value: str) -> str:
-    if value not in METRICS:
-        raise ValueError(f"{op}: metric: wanted one of {', '.join(METRICS)}, got {value!r}")
+def one_of(op: str, name: str, value, choices: Iterable[str]) -> str:
+    """`value` if it is one of these names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: {name}: wanted one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def metric(op: str, value) -> str:
+    return one_of(op, "metric", value, METRICS)
+
+
+def backend(op: str, value) -> str:
+    return one_of(op, "backend", value, BACKENDS)
 
 
 def number(op: str, name: str, value) -> float:
@@ -54,6 +63,13 @@ def non_negative(op: str, name: str, value) -> float:
     if not value >= 0 or value == float("inf"):
         raise ValueError(f"{op}: {name}: wanted a finite number >= 0, got {value}")
     return value
+
+
+def above_zero(op: str, name: str, value) -> float:
+    """`value` as a float, if it is a finite number > 0."""
+    if not 0 < number(op, name, value) < float("inf"):
+        raise ValueError(f"{op}: {name}: wanted a finite number > 0, got {value}")
+    return float(value)
 
 
 def share(op: str, name: str, value) -> float:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import warnings
 
 import torch
 from torch import nn
@@ -51,8 +50,7 @@ class Codebook(FullPrecision):
 
     def __init__(self, owner, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
         super().__init__()
-        if update not in UPDATES:
-            raise ValueError(f"{owner}: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
+        ops._check.one_of(owner, "update", update, UPDATES)
         ops._check.metric(owner, metric)
         for name, value in (
             ("codebook_size", codes),
@@ -254,12 +252,7 @@ class Codebook(FullPrecision):
     def _tell_non_finite(self, bad: torch.Tensor) -> None:
         if "rows" not in self._told and int(bad):
             self._told.add("rows")
-            warnings.warn(
-                f"{self.owner}: {int(bad)} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics "
-                "and gradients; said once, non_finite_rows() counts on",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+            _usage.warn_non_finite(self.owner, int(bad))
 
     def _tell_collapse(self, hits: torch.Tensor) -> None:
         if "collapse" not in self._told and self.collapse_threshold > 0:

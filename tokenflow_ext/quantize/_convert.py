@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tokenflow_ext.compat._shared import known_backend
 from tokenflow_ext.compat.tokenflow import VectorQuantizer
 from tokenflow_ext.compat.unitok import VectorQuantizerM
 from tokenflow_ext.compat.var import VectorQuantizer2
-from tokenflow_ext.ops._check import flag
+from tokenflow_ext.ops import _check
 
 LOOKS = re.compile(r"quantiz|codebook|^vq|vq$", re.IGNORECASE)
 """Names of classes that may quantize vectors."""
@@ -163,7 +162,7 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model: wanted an nn.Module, got {type(model).__name__}")
-    options = {"quirks": flag("convert", "quirks", quirks), "backend": known_backend("convert", backend)}
+    options = {"quirks": _check.flag("convert", "quirks", quirks), "backend": _check.backend("convert", backend)}
     log = logging.getLogger("tokenflow_ext")
     done: dict[nn.Module, nn.Module] = {}
 

@@ -7,7 +7,6 @@ from torch import nn
 
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
-from tokenflow_ext.ops._native import BACKENDS
 from tokenflow_ext.ops.quantize import quantize_and_count, shared_quantize_and_count
 from tokenflow_ext.quantize._codebook import Codebook
 from tokenflow_ext.quantize._gradients import GRADIENTS, rotated
@@ -29,28 +28,21 @@ class Quantizer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         name = type(self).__name__
-        if backend not in BACKENDS:
-            raise ValueError(f"{name}: backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
-        entropy_temperature = ops._check.number(name, "entropy_temperature", entropy_temperature)
-        if not 0 < entropy_temperature < float("inf"):
-            raise ValueError(f"{name}: entropy_temperature: wanted a finite number > 0, got {entropy_temperature}")
         self.weights = ops._check.table_weights(name, weights, len(widths))
-        self.metric, self.backend = metric, backend
+        self.metric, self.backend = metric, ops._check.backend(name, backend)
         self.channel_dim = ops._check.integer(name, "channel_dim", channel_dim)
         self.commitment_weight = ops._check.non_negative(name, "commitment_weight", commitment_weight)
         codebook_weight = ops._check.non_negative(name, "codebook_weight", codebook_weight)
         self.codebook_weight = codebook_weight if update == "gradient" else 0.0
         self.entropy_weight = ops._check.non_negative(name, "entropy_weight", entropy_weight)
-        self.entropy_temperature = entropy_temperature
+        self.entropy_temperature = ops._check.above_zero(name, "entropy_temperature", entropy_temperature)
         self.entropy_eps = ops._check.non_negative(name, "entropy_eps", entropy_eps)
         self.codebook = Codebook(
             name, widths, codebook_size, groups, metric, update, decay, kmeans_init, dead_code_threshold
         )
 
     def _pass_gradient(self, gradient: str) -> None:
-        if gradient not in GRADIENTS:
-            raise ValueError(f"{type(self).__name__}: gradient: wanted one of {', '.join(GRADIENTS)}, got {gradient!r}")
-        self.gradient = gradient
+        self.gradient = ops._check.one_of(type(self).__name__, "gradient", gradient, GRADIENTS)
 
     @property
     def dim(self) -> int:

@@ -34,6 +34,16 @@ def perplexity(hits: torch.Tensor) -> torch.Tensor:
     return torch.where(total[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
 
 
+def warn_non_finite(owner: str, rows: int) -> None:
+    """Warns, for the one time that the owner does, of rows that are not finite."""
+    warnings.warn(
+        f"{owner}: {rows} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics and gradients; "
+        "said once, non_finite_rows() counts on",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+
+
 def warn_collapse(owner: str, hits: torch.Tensor, threshold: float) -> bool:
     """Warns where a codebook of hits [G, K] that has seen enough rows uses few codes; whether it did. Waits for the device."""
     codes = hits.shape[-1]

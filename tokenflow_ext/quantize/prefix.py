@@ -52,8 +52,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
     ):  # fmt: skip
         super().__init__(quantizer, scales, phi=phi, loss_on="accumulated", normalize_codes=normalize_codes)
         name = "PrefixMultiScaleQuantizer"
-        if not 0 <= ops._check.number(name, "dropped", dropped) <= 1:
-            raise ValueError(f"{name}: dropped: wanted a share in [0, 1], got {dropped}")
+        dropped = ops._check.share(name, "dropped", dropped)
         if not 1 <= ops._check.integer(name, "min_depth", min_depth) <= len(self.scales):
             raise ValueError(f"{name}: min_depth: wanted 1 to {len(self.scales)} scales, got {min_depth}")
         self.dropped, self.min_depth = dropped, min_depth

@@ -44,16 +44,14 @@ class ResidualQuantizer(Compound):
         self, dim: int, codebook_size: int, depth: int, *, shared: bool = False, quantizer_dropout: float = 0.0, **options
     ):  # fmt: skip
         name = "ResidualQuantizer"
-        if ops._check.integer(name, "depth", depth) < 1:
-            raise ValueError(f"{name}: depth: wanted an integer >= 1, got {depth}")
-        if not 0 <= ops._check.number(name, "quantizer_dropout", quantizer_dropout) <= 1:
-            raise ValueError(f"{name}: quantizer_dropout: wanted a probability, got {quantizer_dropout}")
+        ops._check.positive(name, "depth", depth)
+        quantizer_dropout = ops._check.share(name, "quantizer_dropout", quantizer_dropout)
         for argument in ("groups", "metric", "normalize_mean", "gradient"):
             if argument in options:
                 raise TypeError(f"{name}: {argument}: wanted no such keyword, got {options[argument]!r}")
-        made = 1 if shared else depth
+        made = 1 if ops._check.flag(name, "shared", shared) else depth
         super().__init__(VectorQuantizer(dim, codebook_size, metric="l2", **options) for _ in range(made))
-        self.depth, self.shared, self.quantizer_dropout = depth, bool(shared), quantizer_dropout
+        self.depth, self.shared, self.quantizer_dropout = depth, shared, quantizer_dropout
 
     @property
     def dim(self) -> int:

@@ -27,9 +27,7 @@ class SoftQuantizer(Quantizer):
         self, dim, codebook_size, commitment_weight, codebook_weight, entropy_weight, entropy_temperature, entropy_eps,
         channel_dim, backend,
     ):  # fmt: skip
-        name = type(self).__name__
-        if ops._check.integer(name, "dim", dim) < 1:
-            raise ValueError(f"{name}: dim: wanted an integer >= 1, got {dim}")
+        ops._check.positive(type(self).__name__, "dim", dim)
         super().__init__(
             widths=[dim], codebook_size=codebook_size, groups=1, weights=None, metric="dot", update="gradient",
             commitment_weight=commitment_weight, codebook_weight=codebook_weight, entropy_weight=entropy_weight,
@@ -202,11 +200,8 @@ class AttentionQuantizer(SoftQuantizer):
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
         name = "AttentionQuantizer"
-        key_dim = dim if key_dim is None else key_dim
-        if ops._check.integer(name, "key_dim", key_dim) < 1:
-            raise ValueError(f"{name}: key_dim: wanted an integer >= 1, got {key_dim}")
-        if norm not in NORMS:
-            raise ValueError(f"{name}: norm: wanted one of {', '.join(NORMS)}, got {norm!r}")
+        key_dim = dim if key_dim is None else ops._check.positive(name, "key_dim", key_dim)
+        ops._check.one_of(name, "norm", norm, NORMS)
         norm_eps = ops._check.non_negative(name, "norm_eps", norm_eps)
         super().__init__(
             dim, codebook_size, commitment_weight, codebook_weight, entropy_weight, entropy_temperature, entropy_eps,
