@@ -94,6 +94,16 @@ def flag(op: str, name: str, value) -> bool:
     return value
 
 
+def mask(op: str, value, shape: Sequence[int], meaning: str) -> torch.Tensor:
+    """`value` if it is a bool tensor of that shape, which `meaning` explains."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{op}: mask: wanted a bool tensor, got {got}")
+    if value.shape != shape:
+        raise ValueError(f"{op}: mask: wanted {list(shape)}, {meaning}, got {list(value.shape)}")
+    return value
+
+
 def same_device(op: str, **tensors: torch.Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from tokenflow_ext.quantize import _usage
+
 
 class Compound(nn.Module):
     """Several quantizers behind the methods of one."""
@@ -29,9 +31,8 @@ class Compound(nn.Module):
         return self._summary([quantizer.perplexity(all_ranks=all_ranks) for quantizer in self.quantizers], per)
 
     def _summary(self, values: list[float], per: str | None) -> float | torch.Tensor:
-        if per not in (None, "quantizer"):
-            raise ValueError(f"{type(self).__name__}: per: wanted None or 'quantizer', got {per!r}")
-        return torch.tensor(values, dtype=torch.float64) if per else sum(values) / len(values)
+        each = _usage.known_part(type(self).__name__, per, "quantizer")
+        return torch.tensor(values, dtype=torch.float64) if each else sum(values) / len(values)
 
     def non_finite_rows(self, *, all_ranks: bool = True) -> int:
         """Rows with NaN or inf since `reset_usage()`, in training, counted by each quantizer that they spoil."""

@@ -8,6 +8,7 @@ from torch import nn
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops.quantize import quantize_and_count, shared_quantize_and_count
+from tokenflow_ext.quantize import _usage
 from tokenflow_ext.quantize._codebook import Codebook
 from tokenflow_ext.quantize._gradients import GRADIENTS, rotated
 from tokenflow_ext.quantize._masked import masked_quantize
@@ -69,18 +70,6 @@ class Quantizer(nn.Module):
         rows = rows.flatten(-2) if self.codebook.groups > 1 else rows
         return rows.movedim(-1, self.channel_dim)
 
-    def _mask(self, rows: torch.Tensor, mask) -> torch.Tensor:
-        """The mask [...] of rows [..., C] or [..., G, D], checked."""
-        name, lead = type(self).__name__, rows.shape[: -2 if self.codebook.groups > 1 else -1]
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise TypeError(f"{name}: mask: wanted a bool tensor, got {got}")
-        if mask.shape != lead:
-            raise ValueError(
-                f"{name}: mask: wanted {list(lead)}, x's shape without its channels, got {list(mask.shape)}"
-            )
-        return mask
-
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
         """Quantizes x; in training also counts usage and moves EMA codebooks.
 
@@ -100,7 +89,9 @@ class Quantizer(nn.Module):
         grouped = self._flat(rows)
         flat_mask = None
         if mask is not None:
-            flat_mask = self._mask(rows, mask).reshape(-1)
+            lead = rows.shape[: -2 if self.codebook.groups > 1 else -1]
+            ops._check.mask(type(self).__name__, mask, lead, "x's shape without its channels")
+            flat_mask = mask.reshape(-1)
         if self.training:  # in eval an exported program would hold an empty block of no_grad, which torch cannot save
             self.codebook.initialise(grouped, self.weights, self.backend, flat_mask)
         with self.codebook.quietly():
@@ -185,16 +176,14 @@ class Quantizer(nn.Module):
         the codebook collapses (perplexity under codebook.collapse_threshold K after 16 K rows; on the CPU every hundredth
         training step looks, too).
         """
-        return self.codebook.usage(self.codebook.hits, self._per(per, "group"), all_ranks)
+        return self.codebook.usage(self.codebook.hits, self._per(per), all_ranks)
 
     def perplexity(self, per: str | None = None, *, all_ranks: bool = True) -> float | torch.Tensor:
         """exp of the entropy of those hits; arguments as in `usage`."""
-        return self.codebook.perplexity(self.codebook.hits, self._per(per, "group"), all_ranks)
+        return self.codebook.perplexity(self.codebook.hits, self._per(per), all_ranks)
 
-    def _per(self, per: str | None, known: str) -> str | None:
-        if per not in (None, known):
-            raise ValueError(f"{type(self).__name__}: per: wanted None or {known!r}, got {per!r}")
-        return per
+    def _per(self, per: str | None) -> str | None:
+        return _usage.known_part(type(self).__name__, per, "group")
 
     def non_finite_rows(self, *, all_ranks: bool = True) -> int:
         """Rows with NaN or inf since `reset_usage()`, in training, counted in each group that they spoil."""

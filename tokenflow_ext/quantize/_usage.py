@@ -14,6 +14,13 @@ EVERY = 100
 """Training steps between two looks, on the CPU."""
 
 
+def known_part(owner: str, per: str | None, part: str) -> str | None:
+    """`per` if it is None or names the part that is measured alone."""
+    if per not in (None, part):
+        raise ValueError(f"{owner}: per: wanted None or {part!r}, got {per!r}")
+    return per
+
+
 def over_ranks(hits: torch.Tensor, all_ranks: bool) -> torch.Tensor:
     """hits [R, K] summed over the ranks, or this rank's."""
     hits = hits.clone()

@@ -9,6 +9,7 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops.multiscale import quantize_with_rows
+from tokenflow_ext.quantize import _usage
 from tokenflow_ext.quantize._codebook import recomputing
 from tokenflow_ext.quantize._masked import scale_losses
 from tokenflow_ext.quantize._precision import FullPrecision
@@ -81,14 +82,16 @@ class MultiScaleQuantizer(FullPrecision):
     def _checked_weights(self, weights) -> list[float]:
         if isinstance(weights, (str, torch.Tensor)) or not isinstance(weights, Sequence):
             got = type(weights).__name__
-            raise TypeError(f"MultiScaleQuantizer: scale_weights: wanted a sequence of numbers, one a scale, got {got}")
+            raise TypeError(
+                f"{type(self).__name__}: scale_weights: wanted a sequence of numbers, one a scale, got {got}"
+            )
         if len(weights) != len(self.scales):
             raise ValueError(
-                f"MultiScaleQuantizer: scale_weights: wanted one a scale, {len(self.scales)}, got {len(weights)}"
+                f"{type(self).__name__}: scale_weights: wanted one a scale, {len(self.scales)}, got {len(weights)}"
             )
-        weights = [ops._check.non_negative("MultiScaleQuantizer", "scale_weights", w) for w in weights]
+        weights = [ops._check.non_negative(type(self).__name__, "scale_weights", w) for w in weights]
         if not sum(weights) > 0:
-            raise ValueError(f"MultiScaleQuantizer: scale_weights: wanted one above 0, got {weights}")
+            raise ValueError(f"{type(self).__name__}: scale_weights: wanted one above 0, got {weights}")
         return weights
 
     def _options(self, scales: Sequence[int] | None = None) -> dict:
@@ -134,8 +137,11 @@ class MultiScaleQuantizer(FullPrecision):
         q, kept = self.quantizer, self._kept()
         common = {**self._options(kept), "weights": q.weights, "loss_on": self.loss_on}
         weights = {"commitment_weight": q.commitment_weight, "codebook_weight": q.codebook_weight}
-        _multiscale_check.maps("MultiScaleQuantizer", features)
-        x = features if mask is None else features.masked_fill(~self._mask(features, mask)[:, None, None, None], 0)
+        _multiscale_check.maps(type(self).__name__, features)
+        x = features
+        if mask is not None:
+            ops._check.mask(type(self).__name__, mask, x.shape[:1], "one an image")
+            x = x.masked_fill(~mask[:, None, None, None], 0)
         composed = mask is not None or self.scale_weights is not None
         if not (self.training or composed):
             return ops.multiscale_quantize(x, q.codebooks(), **common, **weights)
@@ -152,16 +158,6 @@ class MultiScaleQuantizer(FullPrecision):
         if mask is not None:
             f_hat, indices = f_hat.masked_fill(~mask[:, None, None, None], 0), indices.masked_fill(~mask[:, None], -1)
         return Quantized(f_hat, self._with_dropped(indices, kept), loss)
-
-    def _mask(self, features: torch.Tensor, mask) -> torch.Tensor:
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise TypeError(f"MultiScaleQuantizer: mask: wanted a bool tensor, got {got}")
-        if mask.shape != features.shape[:1]:
-            raise ValueError(
-                f"MultiScaleQuantizer: mask: wanted {[len(features)]}, one an image, got {list(mask.shape)}"
-            )
-        return mask
 
     def _weighted(self, losses: Sequence[torch.Tensor], kept: Sequence[int]) -> torch.Tensor:
         weights = [1.0 if self.scale_weights is None else self.scale_weights[s] for s in kept]
@@ -244,9 +240,11 @@ class MultiScaleQuantizer(FullPrecision):
         Raises:
             ValueError: a length that is not whole scales.
         """
-        ops._check.ids("MultiScaleQuantizer.split", "indices", indices)
+        ops._check.ids(f"{type(self).__name__}.split", "indices", indices)
         if indices.dim() != 2:
-            raise ValueError(f"MultiScaleQuantizer.split: indices: wanted [B, whole scales], got {list(indices.shape)}")
+            raise ValueError(
+                f"{type(self).__name__}.split: indices: wanted [B, whole scales], got {list(indices.shape)}"
+            )
         maps, at = [], 0
         for h, w in self.scales:
             if at == indices.shape[1]:
@@ -255,7 +253,7 @@ class MultiScaleQuantizer(FullPrecision):
             at += h * w
         if at != indices.shape[1]:
             raise ValueError(
-                f"MultiScaleQuantizer.split: indices: wanted a prefix of whole scales {self.scales}, got {indices.shape[1]} ids"
+                f"{type(self).__name__}.split: indices: wanted a prefix of whole scales {self.scales}, got {indices.shape[1]} ids"
             )
         return [m.reshape(-1, h, w) for m, (h, w) in zip(maps, self.scales)]
 
@@ -277,8 +275,7 @@ class MultiScaleQuantizer(FullPrecision):
         return self.quantizer.codebook.perplexity(self._hits(per), per, all_ranks)
 
     def _hits(self, per: str | None) -> torch.Tensor:
-        if per not in (None, "scale"):
-            raise ValueError(f"MultiScaleQuantizer: per: wanted None or 'scale', got {per!r}")
+        _usage.known_part(type(self).__name__, per, "scale")
         return self.quantizer.codebook.hits if per is None else self.scale_hits
 
     def non_finite_rows(self, *, all_ranks: bool = True) -> int:

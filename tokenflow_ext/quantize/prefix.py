@@ -80,6 +80,10 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
         depths = self.draw(features.shape[0], features.device) if depths is None else depths
         if ops._check.ids(name, "depths", depths).shape != features.shape[:1]:
             raise ValueError(f"{name}: depths: wanted {list(features.shape[:1])}, got {list(depths.shape)}")
+        if depths.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = depths[(depths < 1) | (depths > len(self.scales))]
+            if len(outside):
+                raise ValueError(f"{name}: depths: wanted 1 to {len(self.scales)} scales, got {int(outside[0])}")
         common = {**self._options(), "weights": q.weights, "loss_on": self.loss_on}
         if self.training and features.shape[1] == q.dim:
             self._initialise(features, None, common)
