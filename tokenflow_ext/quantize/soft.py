@@ -14,11 +14,11 @@ from tokenflow_ext.quantize._quantizer import Quantizer
 class SoftQuantizer(Quantizer):
     """Keys choose a code, values are what it stands for; a subclass says what they are.
 
-        z_q = hard + soft - sg(soft), hard = values[argmax_k s_k], soft = softmax(s) values, s = scale queries(z).keys
+        z_q = (h + p - sg(p)) values, h = onehot(argmax_k s_k), p = softmax(s), s = scale queries(z).keys;   hard = h values
         loss = mean((z_q - z)^2) + commitment_weight mean((sg hard - z)^2) + codebook_weight mean((hard - sg z)^2)
 
-    in training plus entropy_weight (mean_n H(p_n) - H(mean_n p_n)), p = softmax(s / entropy_temperature). `quantized` sends
-    its gradient to the input, keys and values through the softmax, to values through the hard code too.
+    in training plus entropy_weight (mean_n H(p'_n) - H(mean_n p'_n)), p' = softmax(s / entropy_temperature). `quantized` sends
+    its gradient to input and keys through the softmax, to values through the hard code alone.
     """
 
     gradient, scale = "softmax", 1.0
@@ -111,7 +111,7 @@ class SoftQuantizer(Quantizer):
 class IndexPropagationQuantizer(SoftQuantizer):
     """IBQ: one codebook [K, D], searched by dot product, every code of which gets a gradient from every row.
 
-        z_q = hard + soft - sg(soft), hard = E[argmax_k z.E_k], soft = softmax(z E^T) E
+        z_q = (h + p - sg(p)) E, h = onehot(argmax_k z.E_k), p = softmax(z E^T);   hard = h E
         loss = mean((z_q - z)^2) + commitment_weight mean((sg hard - z)^2) + codebook_weight mean((hard - sg z)^2)
 
     Nothing of size N x K exists, forward or backward: K = 262144 trains where a row of probabilities a token would not fit.
@@ -163,7 +163,7 @@ class AttentionQuantizer(SoftQuantizer):
     """CODA: a row attends to a codebook [K, D] with projected keys and values, and the hardened attention picks one code.
 
         q = norm(z W_q + b_q), k = norm(E W_k + b_k), v = E W_v + b_v, s = q.k / sqrt(key_dim)
-        z_q = hard + soft - sg(soft), hard = v[argmax_k s_k], soft = softmax(s) v
+        z_q = (h + p - sg(p)) v, h = onehot(argmax_k s_k), p = softmax(s);   hard = h v
         loss = mean((z_q - z)^2) + commitment_weight mean((sg hard - z)^2) + codebook_weight mean((hard - sg z)^2)
 
     Wrap it in a `SoftMultiScaleQuantizer` for CODA's residual over scales. Projections stay float32 under half() and autocast.
