@@ -321,6 +321,7 @@ BAD = [
     (ValueError, "SoftMultiScaleQuantizer", "quantizer", lambda: SoftMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2))),
     (ValueError, "SoftMultiScaleQuantizer", "scales", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), ())),
     (ValueError, "SoftMultiScaleQuantizer", "scales", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), (1, 5))(torch.randn(1, 4, 4, 4))),
+    (ValueError, "SoftMultiScaleQuantizer", "rule", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), (1, 2)).inputs(torch.zeros(1, 1, dtype=torch.int64), "chain")),
     (ValueError, "SoftMultiScaleQuantizer", "features", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), (1,))(torch.randn(1, 5, 4, 4))),
     (ValueError, "MultiScaleQuantizer", "quantizer", lambda: MultiScaleQuantizer(IndexPropagationQuantizer(4, 9), (1, 2))),
     (ValueError, "MultiScaleQuantizer", "quantizer", lambda: MultiScaleQuantizer(VectorQuantizer(4, 9, gradient="rotation"), (1, 2))),

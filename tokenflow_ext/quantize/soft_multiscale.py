@@ -108,11 +108,16 @@ class SoftMultiScaleQuantizer(MultiScaleQuantizer):
         """f_hat [B, C, H, W] of ids [B, any whole-scale prefix]; size is the map's, by default the largest scale."""
         return self._maps(indices, self._pair(size))[-1]
 
-    def inputs(self, indices: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:
-        """Inputs [B, rows, C] of an autoregressive model after a prefix of ids: f_hat of each scale, Down to the next."""
-        maps = self._maps(indices, self._pair(size))[1:]
+    def inputs(self, indices: Tensor, rule: str = "accumulate", *, size: int | tuple[int, int] | None = None) -> Tensor:
+        """Inputs [B, rows, C] of an autoregressive model after a prefix of ids: f_hat of each scale, Down to the next.
+
+        Raises:
+            ValueError: another rule than "accumulate".
+        """
+        ops._check.one_of(type(self).__name__, "rule", rule, ("accumulate",))
+        empty, *maps = self._maps(indices, self._pair(size))
         rows = [resample(f, grid, "area").flatten(2).mT for f, grid in zip(maps, self.scales[1:])]
-        return torch.cat(rows, dim=1) if rows else indices.new_zeros((indices.shape[0], 0, self.quantizer.dim)).float()
+        return torch.cat(rows, dim=1) if rows else empty.flatten(2).mT[:, :0]
 
     def _pair(self, size) -> tuple[int, int]:
         return self._fitting(pair(type(self).__name__, "size", self._size(size)))
