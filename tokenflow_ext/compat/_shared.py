@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
+from tokenflow_ext.quantize import _usage
 from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._ranks import all_reduce
 
@@ -33,13 +34,10 @@ def count(indices: torch.Tensor, rows: torch.Tensor, codes: int, *, ranks: bool)
         codes: K.
         ranks: whether to add the other ranks' counts.
     """
-    groups = indices.shape[1]
-    offset = torch.arange(groups, device=indices.device) * codes
-    hits = torch.zeros(groups * codes, dtype=torch.int64, device=indices.device)
-    hits.scatter_add_(0, (indices + offset).reshape(-1), rows.isfinite().all(-1).to(torch.int64).reshape(-1))
+    hits = _usage.count(indices, rows.isfinite().all(-1), codes)
     if ranks:
         all_reduce(hits)
-    return hits.view(groups, codes).float()
+    return hits.float()
 
 
 def rates(steps: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from tokenflow_ext.ops.multiscale import quantize_with_rows
 from tokenflow_ext.quantize._codebook import recomputing
 from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._ranks import all_reduce
+from tokenflow_ext.quantize.multiscale import kept_scales
 
 WINDOW = 131072
 """Ids that the usage window remembers."""
@@ -282,10 +283,7 @@ class MultiScaleVectorQuantizer(VectorQuantizer):
 
     def _used(self) -> list[tuple[int, int]]:
         """The scales of this batch."""
-        scales = list(self.scales)
-        if self.training and self.scale_drop > 0 and len(scales) > 1 and float(torch.rand(())) < self.scale_drop:
-            scales.pop(1 + int(torch.randint(len(scales) - 1, ())))
-        return scales
+        return [self.scales[s] for s in kept_scales(len(self.scales), self.scale_drop if self.training else 0.0)]
 
     def _place(self) -> dict:
         size = (max(h for h, _ in self.scales), max(w for _, w in self.scales))

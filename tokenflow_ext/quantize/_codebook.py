@@ -274,10 +274,7 @@ class Codebook(FullPrecision):
             ids = ids.masked_fill(~mask[:, None], self.codes)
             counts, sums = ops.code_statistics(unit, ids, (self.groups, self.codes + 1), backend=backend)
             return counts[:, :-1].contiguous(), sums[:, :-1].contiguous()
-        good = self._good(rows, mask).to(torch.int64)
-        offset = torch.arange(self.groups, device=ids.device) * self.codes
-        counts = torch.zeros_like(self.hits).view(-1).scatter_add_(0, (ids + offset).reshape(-1), good.reshape(-1))
-        return counts.view_as(self.hits), None
+        return _usage.count(ids, self._good(rows, mask), self.codes), None
 
     def _follow(self, counts: torch.Tensor, sums: torch.Tensor, backend: str) -> None:
         """The step of the moving averages; codes without rows, or with sums past float's range, keep their bits."""

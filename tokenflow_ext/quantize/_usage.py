@@ -14,6 +14,14 @@ EVERY = 100
 """Training steps between two looks, on the CPU."""
 
 
+def count(ids: torch.Tensor, good: torch.Tensor, codes: int) -> torch.Tensor:
+    """How often each code was chosen, int64 [G, K], by ids [N, G] where good [N, G] holds; nothing waits for the device."""
+    groups = ids.shape[1]
+    offset = torch.arange(groups, device=ids.device) * codes
+    hits = torch.zeros(groups * codes, dtype=torch.int64, device=ids.device)
+    return hits.scatter_add_(0, (ids + offset).reshape(-1), good.to(torch.int64).reshape(-1)).view(groups, codes)
+
+
 def known_part(owner: str, per: str | None, part: str) -> str | None:
     """`per` if it is None or names the part that is measured alone."""
     if per not in (None, part):

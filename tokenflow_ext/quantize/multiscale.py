@@ -16,6 +16,14 @@ from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
+def kept_scales(scales: int, dropout: float) -> list[int]:
+    """Positions of the scales that a training batch uses: one of the second to the last is left out with this probability."""
+    positions = list(range(scales))
+    if dropout > 0 and scales > 1 and float(torch.rand(())) < dropout:
+        positions.remove(1 + int(torch.randint(scales - 1, ())))
+    return positions
+
+
 class MultiScaleQuantizer(FullPrecision):
     """Residual quantization over a pyramid of scales (VAR, TokenFlow) around a quantizer with one group.
 
@@ -110,15 +118,7 @@ class MultiScaleQuantizer(FullPrecision):
 
     def _kept(self) -> list[int]:
         """Positions of the scales that this batch uses."""
-        positions = list(range(len(self.scales)))
-        if (
-            self.training
-            and self.scale_dropout > 0
-            and len(positions) > 1
-            and float(torch.rand(())) < self.scale_dropout
-        ):
-            positions.remove(1 + int(torch.randint(len(positions) - 1, ())))
-        return positions
+        return kept_scales(len(self.scales), self.scale_dropout if self.training else 0.0)
 
     def _lengths(self, positions: Sequence[int]) -> list[int]:
         return [self.scales[s][0] * self.scales[s][1] for s in positions]
