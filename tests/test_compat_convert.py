@@ -190,6 +190,16 @@ def test_an_optimizer_goes_on():
     assert not torch.equal(before, model.quantize.embedding.weight)
 
 
+def test_a_model_in_half_precision():
+    """The parameters are the optimizer's and stay; a window of ids goes on in float32, for float16 ends at 2048."""
+    old = tokenflow_original(codes=4096).half()
+    table = old.embedding_vqkd.weight
+    new = convert(old).train()
+    assert new.embedding_vqkd.weight is table and table.dtype == torch.float16
+    _, _, (_, _, ids) = new(normal(2, 5, 8, 8).half())
+    assert torch.equal(new.codebook_used[-len(ids) :].long(), ids) and bool((ids > 2048).any())
+
+
 def test_tied_codebooks_stay_tied():
     old = unitok_original()
     old.codebooks[1].codebook.weight = old.codebooks[0].codebook.weight

@@ -98,6 +98,17 @@ def test_nothing_of_rows_times_codes(kind, quirks):
     assert largest.elements <= inherent < 16 * 64 * codes / 10, largest.elements
 
 
+@pytest.mark.parametrize("assign", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_in_half_precision_is_read_in_full(kind, assign):
+    """Codes, phi and counters go on in float32: a window of ids in float16 would forget all above 2048."""
+    module, saved = build(kind), build(kind).state_dict()
+    half = {name: t.half() if t.is_floating_point() else t for name, t in saved.items()}
+    module.load_state_dict(half, assign=assign)
+    for name, tensor in module.state_dict().items():
+        assert tensor.dtype == saved[name].dtype and torch.equal(tensor, half[name].to(tensor.dtype)), name
+
+
 @pytest.mark.parametrize("name", ("tokenflow", "unitok", "var", "vq"))
 def test_the_line_to_swap_is_in_the_docstring(name):
     module = importlib.import_module(f"tokenflow_ext.compat.{name}")

@@ -282,6 +282,7 @@ def test_bad_input():
         (ValueError, "n_e", 0), (TypeError, "n_e", 8.0), (ValueError, "e_dim", 4), (ValueError, "beta", -1),
         (ValueError, "entropy_loss_ratio", float("inf")), (TypeError, "l2_norm", 1), (TypeError, "show_usage", None),
         (ValueError, "split", (3,)), (ValueError, "split", (3, 0)), (ValueError, "split", 5), (ValueError, "kmeans", True),
+        (TypeError, "kmeans", "no"),
         (TypeError, "quirks", 0), (ValueError, "backend", "fast"),
     ):  # fmt: skip
         assert_sentence(error, "VectorQuantizer", argument, lambda: VectorQuantizer(**{**SMALL, argument: value}))

@@ -298,12 +298,12 @@ def test_bad_input():
     for error, argument, value in (
         (ValueError, "vocab_size", 0), (TypeError, "vocab_size", 8.0), (ValueError, "Cvae", -1),
         (TypeError, "using_znorm", 1), (ValueError, "beta", -1.0), (TypeError, "beta", "a"),
-        (ValueError, "v_patch_nums", None), (ValueError, "scales", ()), (ValueError, "scales", (0, 2)),
+        (ValueError, "v_patch_nums", None), (ValueError, "v_patch_nums", ()), (ValueError, "v_patch_nums", (0, 2)),
+        (TypeError, "v_patch_nums", 4), (ValueError, "quant_resi", float("nan")),
         (TypeError, "quant_resi", None), (ValueError, "share_quant_resi", -1), (TypeError, "share_quant_resi", 1.5),
         (ValueError, "default_qresi_counts", -2), (TypeError, "quirks", 1), (ValueError, "backend", "fast"),
     ):  # fmt: skip
-        named = {**good, ("v_patch_nums" if argument == "scales" else argument): value}
-        assert_sentence(error, "VectorQuantizer2", argument, lambda: VectorQuantizer2(**named))
+        assert_sentence(error, "VectorQuantizer2", argument, lambda: VectorQuantizer2(**{**good, argument: value}))
     quantizer = VectorQuantizer2(**good)
     f, h = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 1, 1)
     for argument, call in (

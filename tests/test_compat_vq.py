@@ -196,12 +196,26 @@ def test_inside_a_model():
         model.load_state_dict(state, strict=True)
 
 
+@pytest.mark.parametrize("case", ["projected", "heads", "image"])
+def test_projections_choose_codes_in_float32(case):
+    """Autocast and half() change no token: the projections before the search are float32 like the codes."""
+    module, x = pair(case)[1].eval(), inputs(case, 1)
+    expected = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert torch.equal(out[1], expected[1]) and same_bits(out[0], expected[0])
+    rounded, half = module(x.bfloat16().float()), module.bfloat16()(x.bfloat16())
+    assert torch.equal(half[1], rounded[1]) and torch.equal(half[0], rounded[0].bfloat16())
+    assert same_bits(module.get_output_from_indices(expected[1]), expected[0])
+
+
 def test_bad_input():
     good = {"dim": 6, "codebook_size": 9}
     for error, argument, value in (
         (ValueError, "dim", 0), (ValueError, "codebook_size", 0), (ValueError, "heads", 0), (ValueError, "codebook_dim", 0),
         (TypeError, "kmeans_init", 1), (ValueError, "eps", 1e-3), (ValueError, "kmeans_iters", 3),
         (TypeError, "rotation_trick", "yes"), (ValueError, "commitment_weight", -1), (ValueError, "ema_update", False),
+        (TypeError, "learnable_codebook", "no"), (TypeError, "ema_update", 1), (ValueError, "threshold_ema_dead_code", -1),
         (ValueError, "backend", "fast"), (TypeError, "colour", 3), (ValueError, "orthogonal_reg_weight", 1.0),
         (ValueError, "affine_param", True), (ValueError, "stochastic_sample_codes", True), (ValueError, "vq_bridge", 1),
     ):  # fmt: skip

@@ -23,6 +23,7 @@ from tokenflow_ext.quantize import (
     SoftMultiScaleQuantizer,
     VectorQuantizer,
 )
+from tokenflow_ext.quantize._codebook import Codebook
 
 
 def state(module):
@@ -123,6 +124,35 @@ def test_rows_that_are_not_finite(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_not_finite_are_told_of_once(kind):
+    """Once by each codebook, not by every op of every step."""
+    quantizer, x = build(kind, entropy_weight=0.1), features(kind)
+    x[1] = float("nan")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            quantizer(x)
+    books = [m for m in quantizer.modules() if isinstance(m, (Codebook, SignQuantizer))]
+    assert len(told) == len(books) and all("non_finite_rows" in str(t.message) for t in told), [
+        str(t.message) for t in told
+    ]
+
+
+@pytest.mark.parametrize("kind", ["soft_multiscale", "soft_multiscale_ibq", "prefix"])
+def test_every_scale_counts_its_rows(kind):
+    quantizer, x = build(kind), features(kind)
+    x[1, 2, 0, 0] = float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            checkpoint(quantizer, x.requires_grad_(), use_reentrant=False).loss.backward()
+    assert torch.equal(quantizer.scale_hits.sum(0), quantizer.quantizer.codebook.hits[0])
+    # The first scale's one row holds the whole map, so that a pixel spoils its image at every scale.
+    assert quantizer.scale_hits.sum(1).tolist() == [2 * 5 * h * w for h, w in quantizer.scales]
+    assert (quantizer.usage(per="scale") > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_and_one(kind):
     quantizer = build(kind)
     (x,) = leaves(features(kind)[:0])
@@ -163,6 +193,18 @@ def test_copies(kind):
     expected = quantizer.eval()(x)
     for other in (copy.deepcopy(quantizer), torch.load(saved, weights_only=False), fresh):
         assert same_bits(other.eval()(x).quantized, expected.quantized)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_in_half_precision_is_read_in_full(kind):
+    """Whether its numbers are copied or its tensors taken, what chooses codes goes on in float32."""
+    saved = build(kind).state_dict()
+    half = {name: t.half() if t.is_floating_point() else t for name, t in saved.items()}
+    for assign in (False, True):
+        quantizer = build(kind)
+        quantizer.load_state_dict(half, assign=assign)
+        for name, tensor in quantizer.state_dict().items():
+            assert tensor.dtype == saved[name].dtype and torch.equal(tensor, half[name].to(tensor.dtype)), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -274,21 +316,28 @@ BAD = [
     (TypeError, "IndexPropagationQuantizer", "x", lambda: IndexPropagationQuantizer(4, 9)(torch.ones(2, 4, dtype=torch.int64))),
     (ValueError, "AttentionQuantizer", "key_dim", lambda: AttentionQuantizer(4, 9, key_dim=0)),
     (ValueError, "AttentionQuantizer", "norm", lambda: AttentionQuantizer(4, 9, norm="batch")),
+    (ValueError, "AttentionQuantizer", "norm", lambda: AttentionQuantizer(4, 9, norm=["rms"])),
     (ValueError, "AttentionQuantizer", "norm_eps", lambda: AttentionQuantizer(4, 9, norm_eps=-1.0)),
     (ValueError, "SoftMultiScaleQuantizer", "quantizer", lambda: SoftMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2))),
     (ValueError, "SoftMultiScaleQuantizer", "scales", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), ())),
     (ValueError, "SoftMultiScaleQuantizer", "scales", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), (1, 5))(torch.randn(1, 4, 4, 4))),
+    (ValueError, "SoftMultiScaleQuantizer", "rule", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), (1, 2)).inputs(torch.zeros(1, 1, dtype=torch.int64), "chain")),
     (ValueError, "SoftMultiScaleQuantizer", "features", lambda: SoftMultiScaleQuantizer(IndexPropagationQuantizer(4, 9), (1,))(torch.randn(1, 5, 4, 4))),
     (ValueError, "MultiScaleQuantizer", "quantizer", lambda: MultiScaleQuantizer(IndexPropagationQuantizer(4, 9), (1, 2))),
     (ValueError, "MultiScaleQuantizer", "quantizer", lambda: MultiScaleQuantizer(VectorQuantizer(4, 9, gradient="rotation"), (1, 2))),
     (ValueError, "PrefixMultiScaleQuantizer", "dropped", lambda: PrefixMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2), dropped=2)),
     (ValueError, "PrefixMultiScaleQuantizer", "min_depth", lambda: PrefixMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2), dropped=0.5, min_depth=3)),
     (ValueError, "PrefixMultiScaleQuantizer", "depths", lambda: PrefixMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2), dropped=0.5)(torch.randn(2, 4, 2, 2), torch.tensor([1]))),
+    (ValueError, "PrefixMultiScaleQuantizer", "depths", lambda: PrefixMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2), dropped=0.5)(torch.randn(2, 4, 2, 2), torch.tensor([1, 3]))),
+    (ValueError, "PrefixMultiScaleQuantizer", "depths", lambda: PrefixMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2), dropped=0.5)(torch.randn(2, 4, 2, 2), torch.tensor([0, 1]))),
+    (ValueError, "PrefixMultiScaleQuantizer", "features", lambda: PrefixMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2), dropped=0.5).eval()(torch.randn(2, 4, 2))),
     (TypeError, "PrefixMultiScaleQuantizer", "depths", lambda: PrefixMultiScaleQuantizer(VectorQuantizer(4, 9), (1, 2), dropped=0.5)(torch.randn(2, 4, 2, 2), torch.ones(2))),
     (ValueError, "ProductQuantizer", "quantizers", lambda: ProductQuantizer([])),
     (ValueError, "ProductQuantizer", "quantizers", lambda: ProductQuantizer([VectorQuantizer(4, 9), SharedIndexQuantizer((4,), 9)])),
     (ValueError, "ProductQuantizer", "quantizers", lambda: ProductQuantizer([VectorQuantizer(4, 9), VectorQuantizer(4, 9, channel_dim=1)])),
     (ValueError, "ProductQuantizer", "disentangle_weight", lambda: ProductQuantizer([VectorQuantizer(4, 9), VectorQuantizer(5, 9)], disentangle_weight=0.1)),
+    (TypeError, "ProductQuantizer", "joined", lambda: ProductQuantizer([VectorQuantizer(4, 9)], joined="no")),
+    (ValueError, "ProductQuantizer", "per", lambda: ProductQuantizer([VectorQuantizer(4, 9)]).usage("group")),
     (ValueError, "ProductQuantizer", "x", lambda: ProductQuantizer([VectorQuantizer(4, 9)] * 2, joined=False)([torch.randn(2, 4)])),
     (ValueError, "ProductQuantizer", "x", lambda: ProductQuantizer([VectorQuantizer(4, 9)] * 2)(torch.randn(2, 4))),
     (ValueError, "ProductQuantizer", "indices", lambda: ProductQuantizer([VectorQuantizer(4, 9)] * 2).decode(torch.zeros(3, 3, dtype=torch.int64))),
@@ -298,11 +347,14 @@ BAD = [
     (TypeError, "ProjectedQuantizer", "projection", lambda: ProjectedQuantizer(TABLE, 4, projection=lambda t: t)),
     (ValueError, "ProjectedQuantizer", "projection", lambda: ProjectedQuantizer(TABLE, 5, projection=torch.nn.Identity())(torch.randn(2, 5))),
     (ValueError, "ResidualQuantizer", "depth", lambda: ResidualQuantizer(4, 9, 0)),
+    (TypeError, "ResidualQuantizer", "shared", lambda: ResidualQuantizer(4, 9, 2, shared="no")),
     (ValueError, "ResidualQuantizer", "quantizer_dropout", lambda: ResidualQuantizer(4, 9, 2, quantizer_dropout=1.5)),
     (TypeError, "ResidualQuantizer", "metric", lambda: ResidualQuantizer(4, 9, 2, metric="cosine")),
     (ValueError, "ResidualQuantizer.decode", "indices", lambda: ResidualQuantizer(4, 9, 2).decode(torch.zeros(3, 3, dtype=torch.int64))),
     (ValueError, "SignQuantizer", "dim", lambda: SignQuantizer(63)),
     (ValueError, "SignQuantizer", "entropy_temperature", lambda: SignQuantizer(4, entropy_temperature=0.0)),
+    (ValueError, "SignQuantizer", "entropy_temperature", lambda: SignQuantizer(4, entropy_temperature=float("inf"))),
+    (TypeError, "SignQuantizer", "spherical", lambda: SignQuantizer(4, spherical="no")),
     (ValueError, "SignQuantizer", "x", lambda: SignQuantizer(4)(torch.randn(2, 5))),
     (ValueError, "VectorQuantizer", "gradient", lambda: VectorQuantizer(4, 9, gradient="none")),
     (ValueError, "SharedIndexQuantizer", "gradient", lambda: SharedIndexQuantizer((4,), 9, gradient="none")),

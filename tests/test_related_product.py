@@ -88,6 +88,9 @@ def test_product_is_its_branches(joined):
     assert all(torch.equal(a, b.indices) for a, b in zip(unfold(out.indices), expected, strict=True))
     assert_near(out.loss, sum(b.loss for b in expected), 1e-6)
     assert abs(product.usage() - sum(q.usage() for q in alone) / 3) < 1e-12
+    for measure in ("usage", "perplexity"):
+        each = getattr(product, measure)("quantizer", all_ranks=False)
+        assert each.tolist() == [getattr(q, measure)() for q in alone] and each.dtype == torch.float64
     decoded = product.eval().decode(out.indices)
     for a, b in zip([decoded] if joined else decoded, [out.quantized] if joined else out.quantized, strict=True):
         assert same_bits(a, b)

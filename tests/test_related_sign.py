@@ -104,8 +104,14 @@ def test_usage_of_bits():
     quantizer = SignQuantizer(3)
     quantizer(torch.tensor([[1.0, -1.0, 1.0], [1.0, -1.0, -1.0]]))
     assert quantizer.usage() == 4 / 6 and abs(quantizer.perplexity() - 2) < 1e-6
-    quantizer(torch.tensor([[-1.0, 1.0, float("nan")]]))
+    with pytest.warns(RuntimeWarning, match="SignQuantizer: 1 rows hold NaN or inf"):
+        quantizer(torch.tensor([[-1.0, 1.0, float("nan")]]))
     assert quantizer.usage() == 4 / 6, "a row that is not finite counts nowhere"
+    assert quantizer.usage(all_ranks=False) == 4 / 6 and quantizer.non_finite_rows() == 1
+    assert not list(quantizer.buffers()), "DistributedDataParallel would overwrite every rank's counts by rank 0's"
+    assert quantizer.half().hits.dtype == torch.int64
+    quantizer.reset_usage()
+    assert quantizer.usage() == quantizer.perplexity() == quantizer.non_finite_rows() == 0
     quantizer.freeze()
     assert quantizer.codebooks() == ()
 

@@ -17,10 +17,10 @@ def pair(op: str, name: str, value) -> tuple[int, int]:
     return int(both[0]), int(both[1])
 
 
-def grids(op: str, scales) -> list[tuple[int, int]]:
-    """Scales as pairs (h, w)."""
+def grids(op: str, scales, name: str = "scales") -> list[tuple[int, int]]:
+    """Scales as pairs (h, w); `name` is what the caller's argument is called."""
     if not isinstance(scales, Sequence) or isinstance(scales, str):
-        raise TypeError(f"{op}: scales: wanted a sequence of ints or pairs (h, w), got {type(scales).__name__}")
+        raise TypeError(f"{op}: {name}: wanted a sequence of ints or pairs (h, w), got {type(scales).__name__}")
     if len(scales) < 1:
-        raise ValueError(f"{op}: scales: wanted at least one, got none")
-    return [pair(op, f"scales[{i}]", scale) for i, scale in enumerate(scales)]
+        raise ValueError(f"{op}: {name}: wanted at least one, got none")
+    return [pair(op, f"{name}[{i}]", scale) for i, scale in enumerate(scales)]

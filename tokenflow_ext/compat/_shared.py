@@ -4,19 +4,12 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.ops._native import BACKENDS
-from tokenflow_ext.quantize._codebook import keep_precision
+from tokenflow_ext.quantize import _usage
+from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._ranks import all_reduce
 
 WARM = 100
 """Updates after which the moving averages of usage slow down, from 0.9 to 0.99."""
-
-
-class FullPrecision(nn.Module):
-    """A module whose own tensors stay float32 (float64) when the model around them becomes half precision."""
-
-    def _apply(self, fn, recurse=True):
-        return keep_precision(self, super()._apply, fn, recurse)
 
 
 class Table(FullPrecision, nn.Embedding):
@@ -31,23 +24,6 @@ class Table(FullPrecision, nn.Embedding):
         return ops.lookup(indices.long(), self.weight, backend=self.backend)
 
 
-def known_backend(owner: str, value: str) -> str:
-    """`value` if it names a backend."""
-    if value not in BACKENDS:
-        raise ValueError(f"{owner}: backend: wanted one of {', '.join(BACKENDS)}, got {value!r}")
-    return value
-
-
-def distributed() -> bool:
-    """Whether a process group is up."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def world_size() -> int:
-    """Ranks of torch.distributed; 1 without it."""
-    return torch.distributed.get_world_size() if distributed() else 1
-
-
 @torch.no_grad()
 def count(indices: torch.Tensor, rows: torch.Tensor, codes: int, *, ranks: bool) -> torch.Tensor:
     """How often each code was chosen, float32 [G, K]; without a one-hot, without a synchronisation.
@@ -58,13 +34,10 @@ def count(indices: torch.Tensor, rows: torch.Tensor, codes: int, *, ranks: bool)
         codes: K.
         ranks: whether to add the other ranks' counts.
     """
-    groups = indices.shape[1]
-    offset = torch.arange(groups, device=indices.device) * codes
-    hits = torch.zeros(groups * codes, dtype=torch.int64, device=indices.device)
-    hits.scatter_add_(0, (indices + offset).reshape(-1), rows.isfinite().all(-1).to(torch.int64).reshape(-1))
+    hits = _usage.count(indices, rows.isfinite().all(-1), codes)
     if ranks:
         all_reduce(hits)
-    return hits.view(groups, codes).float()
+    return hits.float()
 
 
 def rates(steps: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import FullPrecision, Table, known_backend
+from tokenflow_ext.compat._shared import Table
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import _recomputing
+from tokenflow_ext.quantize._codebook import recomputing
+from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._ranks import all_reduce
+from tokenflow_ext.quantize.multiscale import kept_scales
 
 WINDOW = 131072
 """Ids that the usage window remembers."""
@@ -70,7 +72,7 @@ class VectorQuantizer(FullPrecision):
         name = type(self).__name__
         if isinstance(split, str) or not isinstance(split, Sequence) or len(split) != 2:
             raise ValueError(f"{name}: split: wanted two widths (semantic, pixel), got {split!r}")
-        if kmeans:
+        if flag(name, "kmeans", kmeans):
             raise ValueError(
                 f"{name}: kmeans: wanted False (quantize.SharedIndexQuantizer(kmeans_init=True, update='ema') does it), "
                 f"got {kmeans!r}"
@@ -81,7 +83,7 @@ class VectorQuantizer(FullPrecision):
         self.e_dim, self.beta = e_dim, ops._check.non_negative(name, "beta", beta)
         self.entropy_loss_ratio = ops._check.non_negative(name, "entropy_loss_ratio", entropy_loss_ratio)
         self.l2_norm, self.show_usage = flag(name, "l2_norm", l2_norm), flag(name, "show_usage", show_usage)
-        self.quirks, self.backend = flag(name, "quirks", quirks), known_backend(name, backend)
+        self.quirks, self.backend = flag(name, "quirks", quirks), ops._check.backend(name, backend)
         self.embedding_vqkd = Table(n_e, self.split[0], backend)
         self.embedding_vqgan = Table(n_e, self.split[1], backend)
         for table in (self.embedding_vqkd, self.embedding_vqgan):
@@ -179,7 +181,7 @@ class VectorQuantizer(FullPrecision):
     @torch.no_grad()
     def _usage(self, ids: Tensor, rows: Tensor, cells: Sequence[int]):
         """Share of codes in the window after it took these ids; with quirks the mean over scales that come one by one."""
-        moves = self.training and self.show_usage and not _recomputing()
+        moves = self.training and self.show_usage and not recomputing()
         if self.quirks:
             parts = ids.split(cells, dim=1) if moves else ()
             return sum(self._window_share(part.reshape(-1)) for part in parts) / len(cells)
@@ -261,9 +263,7 @@ class MultiScaleVectorQuantizer(VectorQuantizer):
         super().__init__(*args, **options)
         name = type(self).__name__
         self.scales = _multiscale_check.grids(name, scales)
-        if not 0 <= ops._check.number(name, "scale_drop", scale_drop) <= 1:
-            raise ValueError(f"{name}: scale_drop: wanted a probability, got {scale_drop}")
-        self.scale_drop = scale_drop
+        self.scale_drop = ops._check.share(name, "scale_drop", scale_drop)
 
     def forward(self, z: Tensor) -> tuple[Tensor, tuple, tuple]:
         """Quantizes features z [B, C, H, W]; returns as `VectorQuantizer.forward`, with ids [B, L] of the scales used."""
@@ -283,10 +283,7 @@ class MultiScaleVectorQuantizer(VectorQuantizer):
 
     def _used(self) -> list[tuple[int, int]]:
         """The scales of this batch."""
-        scales = list(self.scales)
-        if self.training and self.scale_drop > 0 and len(scales) > 1 and float(torch.rand(())) < self.scale_drop:
-            scales.pop(1 + int(torch.randint(len(scales) - 1, ())))
-        return scales
+        return [self.scales[s] for s in kept_scales(len(self.scales), self.scale_drop if self.training else 0.0)]
 
     def _place(self) -> dict:
         size = (max(h for h, _ in self.scales), max(w for _, w in self.scales))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import WARM, FullPrecision, Table, count, known_backend, rates
+from tokenflow_ext.compat._shared import WARM, Table, count, rates
 from tokenflow_ext.ops._check import flag, positive
-from tokenflow_ext.quantize._codebook import _recomputing
+from tokenflow_ext.quantize._codebook import recomputing
+from tokenflow_ext.quantize._precision import FullPrecision
 
 EPS = 1e-7
 """Of the entropy loss."""
@@ -73,13 +74,11 @@ class VectorQuantizerM(FullPrecision):
         for key, value in (("vocab_size", vocab_size), ("vocab_width", vocab_width)):
             if positive(name, key, value) % groups:
                 raise ValueError(f"{name}: {key}: wanted a multiple of num_codebooks, {groups}, got {value}")
-        if not 0 < ops._check.number(name, "entropy_temp", entropy_temp) < float("inf"):
-            raise ValueError(f"{name}: entropy_temp: wanted a finite number > 0, got {entropy_temp}")
         self.vocab_size, self.vocab_width, self.num_codebooks = vocab_size, vocab_width, groups
         self.beta = ops._check.non_negative(name, "beta", beta)
         self.use_entropy_loss = flag(name, "use_entropy_loss", use_entropy_loss)
-        self.entropy_temp = float(entropy_temp)
-        self.quirks, self.backend = flag(name, "quirks", quirks), known_backend(name, backend)
+        self.entropy_temp = ops._check.above_zero(name, "entropy_temp", entropy_temp)
+        self.quirks, self.backend = flag(name, "quirks", quirks), ops._check.backend(name, backend)
         self.codebooks = nn.ModuleList(
             SubCodebook(vocab_size // groups, vocab_width // groups, backend) for _ in range(groups)
         )
@@ -136,7 +135,7 @@ class VectorQuantizerM(FullPrecision):
     @torch.no_grad()
     def _usage(self, indices: Tensor, rows: Tensor) -> Tensor:
         codes = self.vocab_size // self.num_codebooks
-        moves = (self.quirks or self.training) and not _recomputing()
+        moves = (self.quirks or self.training) and not recomputing()
         share = None
         if moves or self.quirks:
             counts = count(indices.flatten(0, -2), rows.detach().flatten(0, -3), codes, ranks=self.training)

@@ -11,20 +11,13 @@ from torch import Tensor, nn
 
 from tokenflow_ext import ops
 from tokenflow_ext._scales import grids, pair
-from tokenflow_ext.compat._shared import (
-    WARM,
-    FullPrecision,
-    Table,
-    count,
-    distributed,
-    known_backend,
-    rates,
-    world_size,
-)
+from tokenflow_ext.compat._shared import WARM, Table, count, rates
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._check import flag, positive
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import _recomputing
+from tokenflow_ext.quantize._codebook import recomputing
+from tokenflow_ext.quantize._precision import FullPrecision
+from tokenflow_ext.quantize._ranks import distributed, ranks
 
 NAME = "VectorQuantizer2"
 USED = 0.08
@@ -157,12 +150,14 @@ class VectorQuantizer2(FullPrecision):
         )
         if v_patch_nums is None:
             raise ValueError(f"{NAME}: v_patch_nums: wanted the scales, coarse to fine, got None")
+        self.scales = grids(NAME, v_patch_nums, "v_patch_nums")
         self.v_patch_nums = tuple(v_patch_nums)
-        self.scales = grids(NAME, self.v_patch_nums)
-        self.quant_resi_ratio = abs(ops._check.number(NAME, "quant_resi", quant_resi))
+        self.quant_resi_ratio = ops._check.non_negative(
+            NAME, "quant_resi", abs(ops._check.number(NAME, "quant_resi", quant_resi))
+        )
         for key, value in (("default_qresi_counts", default_qresi_counts), ("share_quant_resi", share_quant_resi)):
             ops._check.non_negative(NAME, key, ops._check.integer(NAME, key, value))
-        self.quirks, self.backend = flag(NAME, "quirks", quirks), known_backend(NAME, backend)
+        self.quirks, self.backend = flag(NAME, "quirks", quirks), ops._check.backend(NAME, backend)
 
         def phi() -> nn.Module:
             return Phi(Cvae, self.quant_resi_ratio, backend) if self.quant_resi_ratio > 1e-6 else nn.Identity()
@@ -243,7 +238,7 @@ class VectorQuantizer2(FullPrecision):
     @torch.no_grad()
     def _record(self, indices: Tensor, rows: Tensor, scales: Sequence[tuple[int, int]]) -> None:
         """Moves `ema_vocab_hit_SV` by the ids [B, L] of rows [B, L, C]."""
-        if _recomputing() or (self.quirks and not distributed()):
+        if recomputing() or (self.quirks and not distributed()):
             return
         first = [torch.full((h * w,), s * self.vocab_size, device=indices.device) for s, (h, w) in enumerate(scales)]
         places = (indices + torch.cat(first)).reshape(-1, 1)
@@ -260,7 +255,7 @@ class VectorQuantizer2(FullPrecision):
     def _usages(self, rows: int) -> list[float]:
         hits = self.ema_vocab_hit_SV
         if self.quirks:
-            used = hits >= world_size() * rows / self.vocab_size * USED
+            used = hits >= ranks()[1] * rows / self.vocab_size * USED
         else:
             used = (hits >= hits.sum(-1, keepdim=True) / self.vocab_size * USED) & (hits > 0)
         return (100 * used.float().mean(-1)).tolist()
@@ -291,7 +286,7 @@ class VectorQuantizer2(FullPrecision):
             ValueError: a last scale that is not (H, W).
         """
         self._maps("f_BChw", f_BChw)
-        scales = self.scales if v_patch_nums is None else grids(NAME, v_patch_nums)
+        scales = self.scales if v_patch_nums is None else grids(NAME, v_patch_nums, "v_patch_nums")
         size = (f_BChw.shape[2], f_BChw.shape[3])
         if scales[-1] != size:
             raise ValueError(f"{NAME}: v_patch_nums: wanted the map's {size} as the last scale, got {scales[-1]}")

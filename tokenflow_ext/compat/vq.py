@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.compat._shared import known_backend
 from tokenflow_ext.ops._check import flag, positive
+from tokenflow_ext.quantize._precision import Linear
 from tokenflow_ext.quantize.vector import VectorQuantizer
 
 NAME = "VectorQuantize"
@@ -97,12 +97,16 @@ class VectorQuantize(nn.Module):
             ("accept_image_fmap", accept_image_fmap),
         ):  # fmt: skip
             flag(NAME, key, value)
-        if rotation_trick is not None:
-            flag(NAME, "rotation_trick", rotation_trick)
+        for key, value in (
+            ("rotation_trick", rotation_trick), ("learnable_codebook", learnable_codebook), ("ema_update", ema_update),
+        ):  # fmt: skip
+            if value is not None:
+                flag(NAME, key, value)
+        ops._check.non_negative(NAME, "threshold_ema_dead_code", threshold_ema_dead_code)
         self.separate_codebook_per_head = separate_codebook_per_head and heads > 1
         self.channel_last, self.accept_image_fmap = channel_last, accept_image_fmap
         self.learnable_codebook = bool(learnable_codebook)
-        if ema_update is not None and bool(ema_update) == self.learnable_codebook:
+        if ema_update is not None and ema_update == self.learnable_codebook:
             raise ValueError(
                 f"{NAME}: ema_update: wanted None or {not self.learnable_codebook}, the opposite of learnable_codebook, "
                 f"got {ema_update!r}"
@@ -111,12 +115,12 @@ class VectorQuantize(nn.Module):
             raise ValueError(
                 f"{NAME}: learnable_codebook: wanted False with use_cosine_sim, got {learnable_codebook!r}"
             )
-        self.backend = known_backend(NAME, backend)
+        self.backend = ops._check.backend(NAME, backend)
         self.commitment_weight = ops._check.non_negative(NAME, "commitment_weight", commitment_weight)
         inner = width * heads
         self.project_in, self.project_out = nn.Identity(), nn.Identity()
         if inner != dim:
-            self.project_in, self.project_out = nn.Linear(dim, inner), nn.Linear(inner, dim)
+            self.project_in, self.project_out = Linear(dim, inner), Linear(inner, dim)
         groups = heads if self.separate_codebook_per_head else 1
         self.quantizer = VectorQuantizer(
             width * groups, codebook_size, groups=groups, metric="cosine" if use_cosine_sim else "l2",
@@ -152,6 +156,10 @@ class VectorQuantize(nn.Module):
         """The quantizer's output with heads side by side again."""
         return quantized if self.separate_codebook_per_head or self.heads == 1 else quantized.flatten(-2)
 
+    def _full(self, x: Tensor) -> Tensor:
+        """x in the type of the projections, where there are any: they choose codes and stay float32."""
+        return x.to(self.project_in.weight.dtype) if isinstance(self.project_in, Linear) else x
+
     def _placed(self, out: Tensor) -> Tensor:
         """[..., C] with channels where the input has them."""
         return out.movedim(-1, 1) if self.accept_image_fmap or not self.channel_last else out
@@ -168,14 +176,14 @@ class VectorQuantize(nn.Module):
         for key, value in others.items():
             if value is not None and value is not False:
                 raise ValueError(f"{NAME}: {key}: wanted None, it is not supported, got {type(value).__name__}")
-        rows = self._heads(self.project_in(self._channels_last(x)))
+        rows = self._heads(self.project_in(self._full(self._channels_last(x))))
         quantized, indices, loss = self.quantizer(rows)
         if not self.training:
             loss = torch.zeros_like(loss)
         elif self.quantizer.codebook_weight > 0:
             # One mean pulls both sides here, ours counts it once for either.
             loss = loss - 0.5 * loss.detach()
-        return self._placed(self.project_out(self._joined(quantized))), indices, loss
+        return self._placed(self.project_out(self._full(self._joined(quantized)))).to(x.dtype), indices, loss
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Codes of ids as `forward` returns them, before the projection: heads D channels where the input has its own."""

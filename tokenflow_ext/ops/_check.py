@@ -1,11 +1,11 @@
 """Bad input becomes a sentence before any pointer is touched: op, argument, wanted, got."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from tokenflow_ext.ops._native import FLOATS, check_ids, warn_non_finite
+from tokenflow_ext.ops._native import BACKENDS, FLOATS, check_ids, warn_non_finite
 
 METRICS = ("cosine", "l2", "dot")
 
@@ -28,10 +28,19 @@ def ids(op: str, name: str, value) -> torch.Tensor:
     return value
 
 
-def metric(op: str, value: str) -> str:
-    if value not in METRICS:
-        raise ValueError(f"{op}: metric: wanted one of {', '.join(METRICS)}, got {value!r}")
+def one_of(op: str, name: str, value, choices: Iterable[str]) -> str:
+    """`value` if it is one of these names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: {name}: wanted one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def metric(op: str, value) -> str:
+    return one_of(op, "metric", value, METRICS)
+
+
+def backend(op: str, value) -> str:
+    return one_of(op, "backend", value, BACKENDS)
 
 
 def number(op: str, name: str, value) -> float:
@@ -56,6 +65,13 @@ def non_negative(op: str, name: str, value) -> float:
     return value
 
 
+def above_zero(op: str, name: str, value) -> float:
+    """`value` as a float, if it is a finite number > 0."""
+    if not 0 < number(op, name, value) < float("inf"):
+        raise ValueError(f"{op}: {name}: wanted a finite number > 0, got {value}")
+    return float(value)
+
+
 def share(op: str, name: str, value) -> float:
     """`value` as a float, if it is a number in [0, 1]."""
     value = number(op, name, value)
@@ -75,6 +91,16 @@ def flag(op: str, name: str, value) -> bool:
     """`value` if it is True or False, else TypeError."""
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name}: wanted True or False, got {value!r}")
+    return value
+
+
+def mask(op: str, value, shape: Sequence[int], meaning: str) -> torch.Tensor:
+    """`value` if it is a bool tensor of that shape, which `meaning` explains."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{op}: mask: wanted a bool tensor, got {got}")
+    if value.shape != shape:
+        raise ValueError(f"{op}: mask: wanted {list(shape)}, {meaning}, got {list(value.shape)}")
     return value
 
 

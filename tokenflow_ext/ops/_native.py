@@ -160,10 +160,10 @@ class counted_by_the_caller:  # noqa: N801
     """Inside the block kernels on the CPU do not warn of rows that are not finite."""
 
     def __enter__(self):
-        _asked.quiet = True
+        self.before, _asked.quiet = _asked.quiet, True
 
     def __exit__(self, *_):
-        _asked.quiet = False
+        _asked.quiet = self.before
 
 
 def register_core(name: str, module) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import warnings
 
 import torch
 from torch import nn
@@ -12,45 +11,17 @@ from tokenflow_ext.ops._native import counted_by_the_caller, in_type, real, tell
 from tokenflow_ext.ops.quantize import HITS, NOTHING, SUMS
 from tokenflow_ext.quantize import _ranks, _usage
 from tokenflow_ext.quantize._kmeans import kmeans, sample
+from tokenflow_ext.quantize._precision import FullPrecision
 
 UPDATES = ("gradient", "ema", "none")
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Inside backward: a checkpointed forward runs again and must not count its rows twice."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def keep_precision(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
-    """`apply(fn, recurse)` of a module whose own tensors move devices but never become half precision."""
-    owned = {**module._parameters, **module._buffers}
-    tensors = {name: t for name, t in owned.items() if t is not None and t.dtype in (torch.float32, torch.float64)}
-    # Detached, for what `apply` moves in place is the gradient itself.
-    before = {name: (t.detach(), t.grad if t.grad is None else t.grad.detach()) for name, t in tensors.items()}
-    apply(fn, recurse)
-    for name, (value, grad) in before.items():
-        tensor = getattr(module, name)
-        if tensor.dtype not in (torch.float32, torch.float64):
-            tensor.data = value.to(tensor.device)
-            if grad is not None:
-                tensor.grad = grad.to(tensor.device)
-    return module
-
-
-def moved_counts(fn, counts: torch.Tensor) -> torch.Tensor:
-    """fn(counts), and zeros where a tensor without memory gets some."""
-    moved = fn(counts)
-    return moved.zero_() if counts.is_meta and not moved.is_meta else moved
-
-
-def in_full_precision(module: nn.Module, _) -> None:
-    """After load_state_dict(assign=True) of a file in half precision: the module's own tensors are float32 again."""
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor.data = tensor.data.float()
-
-
-class Codebook(nn.Module):
+class Codebook(FullPrecision):
     """T tables under one index for each of G groups: [K, D_t] or, where G > 1, [G, K, D].
 
     Internally rows are [N, G, C] and the tables lie side by side, [G, K, C] with C = sum of D_t. Codebooks stay float32
@@ -69,19 +40,17 @@ class Codebook(nn.Module):
         dead_code_threshold: a code whose moving average of rows a batch, over all ranks, falls below takes a random row of it.
 
     Attributes:
-        hits: [G, K] int64, how often this rank's rows chose each code in training since `reset_usage`. It is no buffer, because
-            DistributedDataParallel would overwrite every rank's by rank 0's.
+        hits: [G, K] int64, how often this rank's rows chose each code in training since `reset_usage`.
         non_finite: 0-dim int64, this rank's rows (of each group) with NaN or inf in training.
         collapse_threshold: perplexity over K below which a warning tells of a collapse; 0 turns it off.
     """
 
+    counters = ("hits", "non_finite")
     normalize_mean = False
 
     def __init__(self, owner, widths, codes, groups, metric, update, decay, kmeans_init, dead_code_threshold):
         super().__init__()
-        self.register_load_state_dict_post_hook(in_full_precision)
-        if update not in UPDATES:
-            raise ValueError(f"{owner}: update: wanted one of {', '.join(UPDATES)}, got {update!r}")
+        ops._check.one_of(owner, "update", update, UPDATES)
         ops._check.metric(owner, metric)
         for name, value in (
             ("codebook_size", codes),
@@ -171,7 +140,7 @@ class Codebook(nn.Module):
             again: a function that gives the rows [N, G, C] which codes placed so far are searched for, for a second k-means:
                 residual quantization has no rows before it has codes.
         """
-        if not self.waits_for_kmeans() or _recomputing():
+        if not self.waits_for_kmeans() or recomputing():
             return
         for give in (lambda: rows, again):
             if give is None:
@@ -227,7 +196,7 @@ class Codebook(nn.Module):
 
     def wanted_statistics(self) -> int:
         """What `observe` needs to know of the rows: nothing, how many chose each code, or also their sums."""
-        if not self.training or _recomputing():
+        if not self.training or recomputing():
             return NOTHING
         return SUMS if self.update == "ema" else HITS
 
@@ -248,7 +217,7 @@ class Codebook(nn.Module):
             sums: see counts.
             mask: [N], the rows that count; all by default.
         """
-        if not self.training or _recomputing():
+        if not self.training or recomputing():
             return
         rows = rows.detach()
         if counts is None:
@@ -283,12 +252,7 @@ class Codebook(nn.Module):
     def _tell_non_finite(self, bad: torch.Tensor) -> None:
         if "rows" not in self._told and int(bad):
             self._told.add("rows")
-            warnings.warn(
-                f"{self.owner}: {int(bad)} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics "
-                "and gradients; said once, non_finite_rows() counts on",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+            _usage.warn_non_finite(self.owner, int(bad))
 
     def _tell_collapse(self, hits: torch.Tensor) -> None:
         if "collapse" not in self._told and self.collapse_threshold > 0:
@@ -310,10 +274,7 @@ class Codebook(nn.Module):
             ids = ids.masked_fill(~mask[:, None], self.codes)
             counts, sums = ops.code_statistics(unit, ids, (self.groups, self.codes + 1), backend=backend)
             return counts[:, :-1].contiguous(), sums[:, :-1].contiguous()
-        good = self._good(rows, mask).to(torch.int64)
-        offset = torch.arange(self.groups, device=ids.device) * self.codes
-        counts = torch.zeros_like(self.hits).view(-1).scatter_add_(0, (ids + offset).reshape(-1), good.reshape(-1))
-        return counts.view_as(self.hits), None
+        return _usage.count(ids, self._good(rows, mask), self.codes), None
 
     def _follow(self, counts: torch.Tensor, sums: torch.Tensor, backend: str) -> None:
         """The step of the moving averages; codes without rows, or with sums past float's range, keep their bits."""
@@ -401,7 +362,6 @@ class Codebook(nn.Module):
         self._placed = None
 
     def _apply(self, fn, recurse=True):
-        keep_precision(self, super()._apply, fn, recurse)
-        self.hits, self.non_finite = (moved_counts(fn, counts) for counts in (self.hits, self.non_finite))
+        super()._apply(fn, recurse)
         self._placed = None
         return self

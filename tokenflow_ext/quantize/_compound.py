@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from tokenflow_ext.quantize import _usage
+
 
 class Compound(nn.Module):
     """Several quantizers behind the methods of one."""
@@ -15,13 +17,26 @@ class Compound(nn.Module):
         """The tables of all quantizers, one after another."""
         return tuple(table for quantizer in self.quantizers for table in quantizer.codebooks())
 
-    def usage(self) -> float:
-        """Share of codes hit since `reset_usage()`, in training only; mean over the quantizers."""
-        return sum(quantizer.usage() for quantizer in self.quantizers) / len(self.quantizers)
+    def usage(self, per: str | None = None, *, all_ranks: bool = True) -> float | torch.Tensor:
+        """Share of codes hit since `reset_usage()`, in training only.
 
-    def perplexity(self) -> float:
-        """exp of the entropy of those hits, mean over the quantizers."""
-        return sum(quantizer.perplexity() for quantizer in self.quantizers) / len(self.quantizers)
+        Args:
+            per: None for the mean over the quantizers, "quantizer" for each of them, float64 on the CPU.
+            all_ranks: see `VectorQuantizer.usage`.
+        """
+        return self._summary([quantizer.usage(all_ranks=all_ranks) for quantizer in self.quantizers], per)
+
+    def perplexity(self, per: str | None = None, *, all_ranks: bool = True) -> float | torch.Tensor:
+        """exp of the entropy of those hits; arguments as in `usage`."""
+        return self._summary([quantizer.perplexity(all_ranks=all_ranks) for quantizer in self.quantizers], per)
+
+    def _summary(self, values: list[float], per: str | None) -> float | torch.Tensor:
+        each = _usage.known_part(type(self).__name__, per, "quantizer")
+        return torch.tensor(values, dtype=torch.float64) if each else sum(values) / len(values)
+
+    def non_finite_rows(self, *, all_ranks: bool = True) -> int:
+        """Rows with NaN or inf since `reset_usage()`, in training, counted by each quantizer that they spoil."""
+        return sum(quantizer.non_finite_rows(all_ranks=all_ranks) for quantizer in self.quantizers)
 
     def reset_usage(self) -> None:
         """Starts counting anew."""

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tokenflow_ext.compat._shared import known_backend
 from tokenflow_ext.compat.tokenflow import VectorQuantizer
 from tokenflow_ext.compat.unitok import VectorQuantizerM
 from tokenflow_ext.compat.var import VectorQuantizer2
-from tokenflow_ext.ops._check import flag
+from tokenflow_ext.ops import _check
+from tokenflow_ext.quantize._precision import HALVES
 
 LOOKS = re.compile(r"quantiz|codebook|^vq|vq$", re.IGNORECASE)
 """Names of classes that may quantize vectors."""
@@ -116,7 +116,8 @@ def _made_of(old: nn.Module, options: dict) -> nn.Module | None:
         if last in holder._parameters:
             holder._parameters[last] = theirs[name]
         else:
-            holder._buffers[last] = theirs[name].detach()
+            buffer = theirs[name].detach()
+            holder._buffers[last] = buffer.float() if buffer.dtype in HALVES else buffer  # ids above 2048 need it
     device = next(iter(theirs.values())).device
     for holder in new.modules():
         for name in holder._non_persistent_buffers_set:
@@ -163,7 +164,7 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model: wanted an nn.Module, got {type(model).__name__}")
-    options = {"quirks": flag("convert", "quirks", quirks), "backend": known_backend("convert", backend)}
+    options = {"quirks": _check.flag("convert", "quirks", quirks), "backend": _check.backend("convert", backend)}
     log = logging.getLogger("tokenflow_ext")
     done: dict[nn.Module, nn.Module] = {}
 

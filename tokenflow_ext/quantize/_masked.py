@@ -10,14 +10,8 @@ import torch
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import real
-
-
-def _mean_square(code, target, keep, count, quantizer) -> torch.Tensor:
-    """(codebook_weight sum (q - sg y)^2 + commitment_weight sum (sg q - y)^2) / count over the entries to keep."""
-    to_code = torch.where(keep, code - target.detach(), 0)
-    to_target = torch.where(keep, code.detach() - target, 0)
-    total = quantizer.codebook_weight * to_code.square().sum() + quantizer.commitment_weight * to_target.square().sum()
-    return total / count
+from tokenflow_ext.quantize._gradients import straight_through
+from tokenflow_ext.quantize._losses import two_sided
 
 
 def masked_quantize(quantizer, rows: torch.Tensor, mask: torch.Tensor) -> Quantized:
@@ -28,9 +22,9 @@ def masked_quantize(quantizer, rows: torch.Tensor, mask: torch.Tensor) -> Quanti
     indices = codebook.search(quantizer._flat(x.detach()), quantizer.weights, backend).reshape(x.shape[:-1])
     finite = x.detach().isfinite().all(-1, keepdim=True)
     y, q = codebook._unit(torch.where(finite, x, 0), backend), codebook.rows(indices, backend, dtype=x.dtype)
-    loss = _mean_square(q, y, kept & finite, mask.sum().clamp_min(1) * quantizer.dim, quantizer)
+    loss = two_sided(quantizer, q, y, kept & finite) / (mask.sum().clamp_min(1) * quantizer.dim)
     value = torch.where(kept, torch.where(finite, q.detach(), torch.nan), 0)
-    return Quantized((value + (y - y.detach())).to(rows.dtype), indices, loss)
+    return Quantized(straight_through(y, value).to(rows.dtype), indices, loss)
 
 
 def scale_losses(
@@ -58,7 +52,7 @@ def scale_losses(
             keep = keep & mask[:, None, None]
         parts = (part.split(lengths, dim=1) for part in (q, y, keep))
         return [
-            _mean_square(*part, _count(images, length * quantizer.dim), quantizer)
+            two_sided(quantizer, *part) / _count(images, length * quantizer.dim)
             for *part, length in zip(*parts, lengths, strict=True)
         ]
     decoding = {key: options[key] for key in ("scales", "metric", "phi", "normalize_codes", "backend")}
@@ -69,7 +63,7 @@ def scale_losses(
         keep = (f_hat - x).detach().isfinite().all(1, keepdim=True)
         if mask is not None:
             keep = keep & mask[:, None, None, None]
-        losses.append(_mean_square(f_hat, x, keep, _count(images, x[0].numel() if len(x) else 1), quantizer))
+        losses.append(two_sided(quantizer, f_hat, x, keep) / _count(images, ops._check.count(x.shape[1:])))
     return losses
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
-from tokenflow_ext.ops._native import BACKENDS
 from tokenflow_ext.ops.quantize import quantize_and_count, shared_quantize_and_count
+from tokenflow_ext.quantize import _usage
 from tokenflow_ext.quantize._codebook import Codebook
 from tokenflow_ext.quantize._gradients import GRADIENTS, rotated
 from tokenflow_ext.quantize._masked import masked_quantize
@@ -29,28 +29,21 @@ class Quantizer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         name = type(self).__name__
-        if backend not in BACKENDS:
-            raise ValueError(f"{name}: backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
-        entropy_temperature = ops._check.number(name, "entropy_temperature", entropy_temperature)
-        if not 0 < entropy_temperature < float("inf"):
-            raise ValueError(f"{name}: entropy_temperature: wanted a finite number > 0, got {entropy_temperature}")
         self.weights = ops._check.table_weights(name, weights, len(widths))
-        self.metric, self.backend = metric, backend
+        self.metric, self.backend = metric, ops._check.backend(name, backend)
         self.channel_dim = ops._check.integer(name, "channel_dim", channel_dim)
         self.commitment_weight = ops._check.non_negative(name, "commitment_weight", commitment_weight)
         codebook_weight = ops._check.non_negative(name, "codebook_weight", codebook_weight)
         self.codebook_weight = codebook_weight if update == "gradient" else 0.0
         self.entropy_weight = ops._check.non_negative(name, "entropy_weight", entropy_weight)
-        self.entropy_temperature = entropy_temperature
+        self.entropy_temperature = ops._check.above_zero(name, "entropy_temperature", entropy_temperature)
         self.entropy_eps = ops._check.non_negative(name, "entropy_eps", entropy_eps)
         self.codebook = Codebook(
             name, widths, codebook_size, groups, metric, update, decay, kmeans_init, dead_code_threshold
         )
 
     def _pass_gradient(self, gradient: str) -> None:
-        if gradient not in GRADIENTS:
-            raise ValueError(f"{type(self).__name__}: gradient: wanted one of {', '.join(GRADIENTS)}, got {gradient!r}")
-        self.gradient = gradient
+        self.gradient = ops._check.one_of(type(self).__name__, "gradient", gradient, GRADIENTS)
 
     @property
     def dim(self) -> int:
@@ -77,18 +70,6 @@ class Quantizer(nn.Module):
         rows = rows.flatten(-2) if self.codebook.groups > 1 else rows
         return rows.movedim(-1, self.channel_dim)
 
-    def _mask(self, rows: torch.Tensor, mask) -> torch.Tensor:
-        """The mask [...] of rows [..., C] or [..., G, D], checked."""
-        name, lead = type(self).__name__, rows.shape[: -2 if self.codebook.groups > 1 else -1]
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise TypeError(f"{name}: mask: wanted a bool tensor, got {got}")
-        if mask.shape != lead:
-            raise ValueError(
-                f"{name}: mask: wanted {list(lead)}, x's shape without its channels, got {list(mask.shape)}"
-            )
-        return mask
-
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
         """Quantizes x; in training also counts usage and moves EMA codebooks.
 
@@ -108,7 +89,9 @@ class Quantizer(nn.Module):
         grouped = self._flat(rows)
         flat_mask = None
         if mask is not None:
-            flat_mask = self._mask(rows, mask).reshape(-1)
+            lead = rows.shape[: -2 if self.codebook.groups > 1 else -1]
+            ops._check.mask(type(self).__name__, mask, lead, "x's shape without its channels")
+            flat_mask = mask.reshape(-1)
         if self.training:  # in eval an exported program would hold an empty block of no_grad, which torch cannot save
             self.codebook.initialise(grouped, self.weights, self.backend, flat_mask)
         with self.codebook.quietly():
@@ -153,11 +136,12 @@ class Quantizer(nn.Module):
         tables = self.codebook.tables()
         for part in rows:
             x = part if self.codebook.groups > 1 else part[:, 0].split(self.codebook.widths, dim=-1)
-            first, second = ops.entropy_loss(
-                x, tables[0] if self.codebook.groups > 1 else tables, metric=self.metric,
-                weights=None if self.codebook.groups > 1 else self.weights, temperature=self.entropy_temperature,
-                eps=self.entropy_eps, backend=self.backend,
-            )  # fmt: skip
+            with self.codebook.quietly():
+                first, second = ops.entropy_loss(
+                    x, tables[0] if self.codebook.groups > 1 else tables, metric=self.metric,
+                    weights=None if self.codebook.groups > 1 else self.weights, temperature=self.entropy_temperature,
+                    eps=self.entropy_eps, backend=self.backend,
+                )  # fmt: skip
             loss = loss + self.entropy_weight / len(rows) * (first - second)
         return loss
 
@@ -192,16 +176,14 @@ class Quantizer(nn.Module):
         the codebook collapses (perplexity under codebook.collapse_threshold K after 16 K rows; on the CPU every hundredth
         training step looks, too).
         """
-        return self.codebook.usage(self.codebook.hits, self._per(per, "group"), all_ranks)
+        return self.codebook.usage(self.codebook.hits, self._per(per), all_ranks)
 
     def perplexity(self, per: str | None = None, *, all_ranks: bool = True) -> float | torch.Tensor:
         """exp of the entropy of those hits; arguments as in `usage`."""
-        return self.codebook.perplexity(self.codebook.hits, self._per(per, "group"), all_ranks)
+        return self.codebook.perplexity(self.codebook.hits, self._per(per), all_ranks)
 
-    def _per(self, per: str | None, known: str) -> str | None:
-        if per not in (None, known):
-            raise ValueError(f"{type(self).__name__}: per: wanted None or {known!r}, got {per!r}")
-        return per
+    def _per(self, per: str | None) -> str | None:
+        return _usage.known_part(type(self).__name__, per, "group")
 
     def non_finite_rows(self, *, all_ranks: bool = True) -> int:
         """Rows with NaN or inf since `reset_usage()`, in training, counted in each group that they spoil."""

@@ -7,9 +7,14 @@ on every rank and in one process on the whole, and only the rows that were drawn
 import torch
 
 
+def distributed() -> bool:
+    """Whether a process group is up."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def ranks() -> tuple[int, int]:
     """(this rank, how many there are)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if distributed():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 

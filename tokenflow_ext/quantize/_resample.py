@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokenflow_ext.quantize._exact import without_autocast
+from tokenflow_ext.quantize._precision import without_autocast
 from tokenflow_ext.reference import resample as twin
 
 WEIGHTS = {"area": twin.area_weights, "bicubic": twin.bicubic_weights}

@@ -14,6 +14,21 @@ EVERY = 100
 """Training steps between two looks, on the CPU."""
 
 
+def count(ids: torch.Tensor, good: torch.Tensor, codes: int) -> torch.Tensor:
+    """How often each code was chosen, int64 [G, K], by ids [N, G] where good [N, G] holds; nothing waits for the device."""
+    groups = ids.shape[1]
+    offset = torch.arange(groups, device=ids.device) * codes
+    hits = torch.zeros(groups * codes, dtype=torch.int64, device=ids.device)
+    return hits.scatter_add_(0, (ids + offset).reshape(-1), good.to(torch.int64).reshape(-1)).view(groups, codes)
+
+
+def known_part(owner: str, per: str | None, part: str) -> str | None:
+    """`per` if it is None or names the part that is measured alone."""
+    if per not in (None, part):
+        raise ValueError(f"{owner}: per: wanted None or {part!r}, got {per!r}")
+    return per
+
+
 def over_ranks(hits: torch.Tensor, all_ranks: bool) -> torch.Tensor:
     """hits [R, K] summed over the ranks, or this rank's."""
     hits = hits.clone()
@@ -32,6 +47,16 @@ def perplexity(hits: torch.Tensor) -> torch.Tensor:
     total = hits.sum(-1, keepdim=True)
     share = hits.double() / total.clamp_min(1)
     return torch.where(total[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
+
+
+def warn_non_finite(owner: str, rows: int) -> None:
+    """Warns, for the one time that the owner does, of rows that are not finite."""
+    warnings.warn(
+        f"{owner}: {rows} rows hold NaN or inf; they get the lowest id and are left out of loss, statistics and gradients; "
+        "said once, non_finite_rows() counts on",
+        RuntimeWarning,
+        stacklevel=6,
+    )
 
 
 def warn_collapse(owner: str, hits: torch.Tensor, threshold: float) -> bool:

@@ -9,12 +9,22 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops.multiscale import quantize_with_rows
-from tokenflow_ext.quantize._codebook import _recomputing, in_full_precision, keep_precision, moved_counts
+from tokenflow_ext.quantize import _usage
+from tokenflow_ext.quantize._codebook import recomputing
 from tokenflow_ext.quantize._masked import scale_losses
+from tokenflow_ext.quantize._precision import FullPrecision
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
-class MultiScaleQuantizer(nn.Module):
+def kept_scales(scales: int, dropout: float) -> list[int]:
+    """Positions of the scales that a training batch uses: one of the second to the last is left out with this probability."""
+    positions = list(range(scales))
+    if dropout > 0 and scales > 1 and float(torch.rand(())) < dropout:
+        positions.remove(1 + int(torch.randint(scales - 1, ())))
+    return positions
+
+
+class MultiScaleQuantizer(FullPrecision):
     """Residual quantization over a pyramid of scales (VAR, TokenFlow) around a quantizer with one group.
 
     r = f; for every scale: q = code(down(r)); f_hat += phi(up(q)); r -= phi(up(q)). Down is area, up is bicubic.
@@ -43,6 +53,7 @@ class MultiScaleQuantizer(nn.Module):
         (torch.Size([2, 21]), [torch.Size([1, 1]), torch.Size([2, 2]), torch.Size([4, 4])])
     """
 
+    counters = ("scale_hits",)
     gradient = "straight_through"
 
     def __init__(
@@ -50,7 +61,6 @@ class MultiScaleQuantizer(nn.Module):
         normalize_codes: bool | None = None, scale_dropout: float = 0.0, scale_weights: Sequence[float] | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.register_load_state_dict_post_hook(in_full_precision)
         name = type(self).__name__
         wanted = f"{name}: quantizer: wanted a VectorQuantizer or SharedIndexQuantizer with groups = 1, got"
         if not isinstance(quantizer, Quantizer):
@@ -80,20 +90,17 @@ class MultiScaleQuantizer(nn.Module):
     def _checked_weights(self, weights) -> list[float]:
         if isinstance(weights, (str, torch.Tensor)) or not isinstance(weights, Sequence):
             got = type(weights).__name__
-            raise TypeError(f"MultiScaleQuantizer: scale_weights: wanted a sequence of numbers, one a scale, got {got}")
+            raise TypeError(
+                f"{type(self).__name__}: scale_weights: wanted a sequence of numbers, one a scale, got {got}"
+            )
         if len(weights) != len(self.scales):
             raise ValueError(
-                f"MultiScaleQuantizer: scale_weights: wanted one a scale, {len(self.scales)}, got {len(weights)}"
+                f"{type(self).__name__}: scale_weights: wanted one a scale, {len(self.scales)}, got {len(weights)}"
             )
-        weights = [ops._check.non_negative("MultiScaleQuantizer", "scale_weights", w) for w in weights]
+        weights = [ops._check.non_negative(type(self).__name__, "scale_weights", w) for w in weights]
         if not sum(weights) > 0:
-            raise ValueError(f"MultiScaleQuantizer: scale_weights: wanted one above 0, got {weights}")
+            raise ValueError(f"{type(self).__name__}: scale_weights: wanted one above 0, got {weights}")
         return weights
-
-    def _apply(self, fn, recurse=True):
-        keep_precision(self, super()._apply, fn, recurse)
-        self.scale_hits = moved_counts(fn, self.scale_hits)
-        return self
 
     def _options(self, scales: Sequence[int] | None = None) -> dict:
         """Keywords of the multi-scale ops for the scales at these positions (all by default)."""
@@ -111,15 +118,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def _kept(self) -> list[int]:
         """Positions of the scales that this batch uses."""
-        positions = list(range(len(self.scales)))
-        if (
-            self.training
-            and self.scale_dropout > 0
-            and len(positions) > 1
-            and float(torch.rand(())) < self.scale_dropout
-        ):
-            positions.remove(1 + int(torch.randint(len(positions) - 1, ())))
-        return positions
+        return kept_scales(len(self.scales), self.scale_dropout if self.training else 0.0)
 
     def _lengths(self, positions: Sequence[int]) -> list[int]:
         return [self.scales[s][0] * self.scales[s][1] for s in positions]
@@ -138,8 +137,11 @@ class MultiScaleQuantizer(nn.Module):
         q, kept = self.quantizer, self._kept()
         common = {**self._options(kept), "weights": q.weights, "loss_on": self.loss_on}
         weights = {"commitment_weight": q.commitment_weight, "codebook_weight": q.codebook_weight}
-        _multiscale_check.maps("MultiScaleQuantizer", features)
-        x = features if mask is None else features.masked_fill(~self._mask(features, mask)[:, None, None, None], 0)
+        _multiscale_check.maps(type(self).__name__, features)
+        x = features
+        if mask is not None:
+            ops._check.mask(type(self).__name__, mask, x.shape[:1], "one an image")
+            x = x.masked_fill(~mask[:, None, None, None], 0)
         composed = mask is not None or self.scale_weights is not None
         if not (self.training or composed):
             return ops.multiscale_quantize(x, q.codebooks(), **common, **weights)
@@ -156,16 +158,6 @@ class MultiScaleQuantizer(nn.Module):
         if mask is not None:
             f_hat, indices = f_hat.masked_fill(~mask[:, None, None, None], 0), indices.masked_fill(~mask[:, None], -1)
         return Quantized(f_hat, self._with_dropped(indices, kept), loss)
-
-    def _mask(self, features: torch.Tensor, mask) -> torch.Tensor:
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise TypeError(f"MultiScaleQuantizer: mask: wanted a bool tensor, got {got}")
-        if mask.shape != features.shape[:1]:
-            raise ValueError(
-                f"MultiScaleQuantizer: mask: wanted {[len(features)]}, one an image, got {list(mask.shape)}"
-            )
-        return mask
 
     def _weighted(self, losses: Sequence[torch.Tensor], kept: Sequence[int]) -> torch.Tensor:
         weights = [1.0 if self.scale_weights is None else self.scale_weights[s] for s in kept]
@@ -197,15 +189,20 @@ class MultiScaleQuantizer(nn.Module):
             pooled = ops.multiscale_rows(x, indices, q.codebooks(), **common)
             pooled = pooled if mask is None else pooled[mask]
             loss = q._with_entropy(loss, [r.reshape(-1, 1, q.dim) for r in pooled.split(lengths, dim=1)])
-        if not _recomputing():
-            good = rows.isfinite().all(-1)
-            good = (good if mask is None else good & mask[:, None]).to(torch.int64)
-            for s, ids, counts in zip(kept, indices.split(lengths, dim=1), good.split(lengths, dim=1), strict=True):
-                self.scale_hits[s].scatter_add_(0, ids.reshape(-1), counts.reshape(-1))
+        good = rows.isfinite().all(-1)
+        self._count(indices, good if mask is None else good & mask[:, None], kept)
         flat_mask = None if mask is None else mask[:, None].expand(indices.shape).reshape(-1)
         with q.codebook.quietly():
             q.codebook.observe(rows.reshape(-1, 1, q.dim), indices.reshape(-1, 1), q.backend, mask=flat_mask)
         return loss
+
+    def _count(self, indices: torch.Tensor, good: torch.Tensor, kept: Sequence[int]) -> None:
+        """Adds ids [B, L] to the hits of their scales, where good [B, L] holds."""
+        if recomputing():
+            return
+        parts = (part.split(self._lengths(kept), dim=1) for part in (indices, good.to(torch.int64)))
+        for s, ids, counts in zip(kept, *parts, strict=True):
+            self.scale_hits[s].scatter_add_(0, ids.reshape(-1), counts.reshape(-1))
 
     def _with_dropped(self, indices: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """Ids of the kept scales with -1 at the places of the dropped one."""
@@ -243,9 +240,11 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: a length that is not whole scales.
         """
-        ops._check.ids("MultiScaleQuantizer.split", "indices", indices)
+        ops._check.ids(f"{type(self).__name__}.split", "indices", indices)
         if indices.dim() != 2:
-            raise ValueError(f"MultiScaleQuantizer.split: indices: wanted [B, whole scales], got {list(indices.shape)}")
+            raise ValueError(
+                f"{type(self).__name__}.split: indices: wanted [B, whole scales], got {list(indices.shape)}"
+            )
         maps, at = [], 0
         for h, w in self.scales:
             if at == indices.shape[1]:
@@ -254,7 +253,7 @@ class MultiScaleQuantizer(nn.Module):
             at += h * w
         if at != indices.shape[1]:
             raise ValueError(
-                f"MultiScaleQuantizer.split: indices: wanted a prefix of whole scales {self.scales}, got {indices.shape[1]} ids"
+                f"{type(self).__name__}.split: indices: wanted a prefix of whole scales {self.scales}, got {indices.shape[1]} ids"
             )
         return [m.reshape(-1, h, w) for m, (h, w) in zip(maps, self.scales)]
 
@@ -276,8 +275,7 @@ class MultiScaleQuantizer(nn.Module):
         return self.quantizer.codebook.perplexity(self._hits(per), per, all_ranks)
 
     def _hits(self, per: str | None) -> torch.Tensor:
-        if per not in (None, "scale"):
-            raise ValueError(f"MultiScaleQuantizer: per: wanted None or 'scale', got {per!r}")
+        _usage.known_part(type(self).__name__, per, "scale")
         return self.quantizer.codebook.hits if per is None else self.scale_hits
 
     def non_finite_rows(self, *, all_ranks: bool = True) -> int:

@@ -41,11 +41,8 @@ def perturb_codes(
         True
     """
     name = "perturb_codes"
-    for argument, value in (("probability", probability), ("share", share)):
-        if not 0 <= ops._check.number(name, argument, value) <= 1:
-            raise ValueError(f"{name}: {argument}: wanted a number in [0, 1], got {value}")
-    if ops._check.integer(name, "neighbours", neighbours) < 1:
-        raise ValueError(f"{name}: neighbours: wanted an integer >= 1, got {neighbours}")
+    probability, share = ops._check.share(name, "probability", probability), ops._check.share(name, "share", share)
+    ops._check.positive(name, "neighbours", neighbours)
     ops._check.rows_fit(name, x, codebook)
     if x.dim() == codebook.dim() - 1:
         raise ValueError(f"{name}: x: wanted a batch as first axis, got {list(x.shape)}")

@@ -11,6 +11,7 @@ from tokenflow_ext.ops import _multiscale_check
 from tokenflow_ext.ops._native import real
 from tokenflow_ext.ops.multiscale import quantize_with_rows
 from tokenflow_ext.quantize._gradients import straight_through
+from tokenflow_ext.quantize._losses import two_sided
 from tokenflow_ext.quantize._quantizer import Quantizer
 from tokenflow_ext.quantize.multiscale import MultiScaleQuantizer
 
@@ -51,8 +52,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
     ):  # fmt: skip
         super().__init__(quantizer, scales, phi=phi, loss_on="accumulated", normalize_codes=normalize_codes)
         name = "PrefixMultiScaleQuantizer"
-        if not 0 <= ops._check.number(name, "dropped", dropped) <= 1:
-            raise ValueError(f"{name}: dropped: wanted a share in [0, 1], got {dropped}")
+        dropped = ops._check.share(name, "dropped", dropped)
         if not 1 <= ops._check.integer(name, "min_depth", min_depth) <= len(self.scales):
             raise ValueError(f"{name}: min_depth: wanted 1 to {len(self.scales)} scales, got {min_depth}")
         self.dropped, self.min_depth = dropped, min_depth
@@ -80,10 +80,14 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
         depths = self.draw(features.shape[0], features.device) if depths is None else depths
         if ops._check.ids(name, "depths", depths).shape != features.shape[:1]:
             raise ValueError(f"{name}: depths: wanted {list(features.shape[:1])}, got {list(depths.shape)}")
+        if depths.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = depths[(depths < 1) | (depths > len(self.scales))]
+            if len(outside):
+                raise ValueError(f"{name}: depths: wanted 1 to {len(self.scales)} scales, got {int(outside[0])}")
         common = {**self._options(), "weights": q.weights, "loss_on": self.loss_on}
         if self.training and features.shape[1] == q.dim:
             self._initialise(features, None, common)
-        with torch.no_grad():
+        with torch.no_grad(), q.codebook.quietly():
             (whole, indices, _), rows = quantize_with_rows(
                 features, q.codebooks(), **common, commitment_weight=0.0, codebook_weight=0.0
             )
@@ -110,7 +114,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
         for s, ids in enumerate(indices.split(self._lengths(range(len(self.scales))), dim=1)):
             f = f + ops.multiscale_decode(ids, q.codebooks(), size=size, **self._options([s]))
             counted = active[:, s, None, None, None] & finite
-            weight = 1 / (ops._check.count(x.shape[1:]) * active[:, s].sum().clamp_min(1)).to(x.dtype)
-            for term, a, b in ((q.codebook_weight, f, x.detach()), (q.commitment_weight, f.detach(), x)):
-                loss = loss + term * weight * torch.where(counted, a - b, 0.0).square().sum()
+            loss = loss + two_sided(q, f, x, counted) / (
+                active[:, s].sum().clamp_min(1) * ops._check.count(x.shape[1:])
+            )
         return loss / len(self.scales)

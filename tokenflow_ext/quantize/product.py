@@ -134,7 +134,7 @@ class ProductQuantizer(Compound):
             if isinstance(quantizer, MultiScaleQuantizer) and quantizer.scales != quantizers[0].scales:
                 raise ValueError(f"{name}: quantizers[{p}]: wanted the scales of quantizers[0], got {quantizer.scales}")
         super().__init__(quantizers)
-        self.joined = bool(joined)
+        self.joined = ops._check.flag(name, "joined", joined)
         self.channel_dim = self._axis(quantizers[0])
         self.widths = [self._wrapped(quantizer).dim for quantizer in quantizers]
         self.disentangle_weight = ops._check.non_negative(name, "disentangle_weight", disentangle_weight)

@@ -9,7 +9,7 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops.search import _window
 from tokenflow_ext.quantize._codebook import Codebook
-from tokenflow_ext.quantize._exact import Linear, without_autocast
+from tokenflow_ext.quantize._precision import Linear, without_autocast
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
@@ -81,8 +81,7 @@ class ProjectedQuantizer(Quantizer):
     ):  # fmt: skip
         name = "ProjectedQuantizer"
         ops._check.table(name, "table", table, grouped=False)
-        if ops._check.integer(name, "dim", dim) < 1:
-            raise ValueError(f"{name}: dim: wanted an integer >= 1, got {dim}")
+        ops._check.positive(name, "dim", dim)
         if projection is not None and not isinstance(projection, nn.Module):
             raise TypeError(f"{name}: projection: wanted a module, got {type(projection).__name__}")
         lo, hi = (0, len(table)) if window is None else _window(name, window, len(table))

@@ -7,8 +7,8 @@ from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import real
 from tokenflow_ext.quantize._compound import Compound
-from tokenflow_ext.quantize._exact import mean_square
 from tokenflow_ext.quantize._gradients import straight_through
+from tokenflow_ext.quantize._losses import two_sided
 from tokenflow_ext.quantize.vector import VectorQuantizer
 
 
@@ -44,16 +44,14 @@ class ResidualQuantizer(Compound):
         self, dim: int, codebook_size: int, depth: int, *, shared: bool = False, quantizer_dropout: float = 0.0, **options
     ):  # fmt: skip
         name = "ResidualQuantizer"
-        if ops._check.integer(name, "depth", depth) < 1:
-            raise ValueError(f"{name}: depth: wanted an integer >= 1, got {depth}")
-        if not 0 <= ops._check.number(name, "quantizer_dropout", quantizer_dropout) <= 1:
-            raise ValueError(f"{name}: quantizer_dropout: wanted a probability, got {quantizer_dropout}")
+        ops._check.positive(name, "depth", depth)
+        quantizer_dropout = ops._check.share(name, "quantizer_dropout", quantizer_dropout)
         for argument in ("groups", "metric", "normalize_mean", "gradient"):
             if argument in options:
                 raise TypeError(f"{name}: {argument}: wanted no such keyword, got {options[argument]!r}")
-        made = 1 if shared else depth
+        made = 1 if ops._check.flag(name, "shared", shared) else depth
         super().__init__(VectorQuantizer(dim, codebook_size, metric="l2", **options) for _ in range(made))
-        self.depth, self.shared, self.quantizer_dropout = depth, bool(shared), quantizer_dropout
+        self.depth, self.shared, self.quantizer_dropout = depth, shared, quantizer_dropout
 
     @property
     def dim(self) -> int:
@@ -104,13 +102,13 @@ class ResidualQuantizer(Compound):
         shaped = first._rows(x)
         flat = first._flat(shaped.to(real(shaped, *first.codebooks())))
         good = flat.isfinite().all(-1)
-        rows, ids = self._search(flat.detach(), depth, self.training)
+        with first.codebook.quietly():
+            rows, ids = self._search(flat.detach(), depth, self.training)
         f, loss = torch.zeros_like(flat), flat.new_zeros(())
         for d in range(depth):
             f = f + self._level(d).codebook.rows(ids[d], first.backend)
-            loss = loss + first.codebook_weight * mean_square(f, flat.detach(), good)
-            loss = loss + first.commitment_weight * mean_square(f.detach(), flat, good)
-        loss = loss / depth
+            loss = loss + two_sided(first, f, flat, good.unsqueeze(-1))
+        loss = loss / (depth * max(ops._check.count(flat.shape), 1))
         if self.training:
             loss = self._observe(rows, ids, loss)
         blank = [torch.full_like(ids[0], -1)] * (self.depth - depth)
@@ -120,14 +118,14 @@ class ResidualQuantizer(Compound):
 
     def _observe(self, rows: list[Tensor], ids: list[Tensor], loss: Tensor) -> Tensor:
         """Counts a training batch and moves the codebooks by it; the loss with the entropy term."""
-        if self.shared:
-            loss = self.quantizers[0]._with_entropy(loss, rows)
-            rows, ids = [torch.cat(rows)], [torch.cat(ids)]
-        else:
-            terms = [level._with_entropy(loss.new_zeros(()), [r]) for level, r in zip(self.quantizers, rows)]
+        if self.quantizers[0].entropy_weight > 0:
+            terms = [self._level(d)._with_entropy(loss.new_zeros(()), [r]) for d, r in enumerate(rows)]
             loss = loss + sum(terms) / len(terms)
+        if self.shared:
+            rows, ids = [torch.cat(rows)], [torch.cat(ids)]
         for level, level_rows, level_ids in zip(self.quantizers, rows, ids):
-            level.codebook.observe(level_rows, level_ids, level.backend)
+            with level.codebook.quietly():
+                level.codebook.observe(level_rows, level_ids, level.backend)
         return loss
 
     @torch.no_grad()

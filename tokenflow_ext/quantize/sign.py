@@ -1,13 +1,16 @@
 """Quantization to signs, without a table: lookup-free (LFQ) and binary spherical (BSQ)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
-from tokenflow_ext.ops._native import BACKENDS, real
-from tokenflow_ext.quantize._codebook import _recomputing
-from tokenflow_ext.quantize._exact import mean_square
+from tokenflow_ext.ops._native import real
+from tokenflow_ext.quantize import _usage
+from tokenflow_ext.quantize._codebook import recomputing
+from tokenflow_ext.quantize._gradients import straight_through
+from tokenflow_ext.quantize._losses import mean_square
+from tokenflow_ext.quantize._precision import FullPrecision
 
 MOST_BITS = 62
 
@@ -56,7 +59,7 @@ def bit_entropy(p: Tensor) -> Tensor:
     return -p * (p + tiny).log() - (1 - p) * (1 - p + tiny).log()
 
 
-class SignQuantizer(nn.Module):
+class SignQuantizer(FullPrecision):
     """D bits a row, bit_j = x_j > 0: 2^D codes without a table, LFQ or, with spherical=True, BSQ.
 
         q_j = c sign(y_j);   LFQ: y = x, c = 1;   BSQ: y = x / |x|, c = 1 / sqrt(D)
@@ -76,6 +79,10 @@ class SignQuantizer(nn.Module):
         channel_dim: axis of the channels: -1, or 1 for [B, C, H, W].
         backend: of normalize_rows: "auto", "native" or "reference".
 
+    Attributes:
+        hits: [D + 1] int64, this rank's rows counted in training since `reset_usage`, and those of which each bit is set.
+        non_finite: 0-dim int64, this rank's rows with NaN or inf.
+
     Raises:
         ValueError, TypeError: an argument that does not fit, in a sentence.
 
@@ -88,6 +95,8 @@ class SignQuantizer(nn.Module):
         (torch.Size([5]), True)
     """
 
+    counters = ("hits", "non_finite")
+
     def __init__(
         self, dim: int, *, spherical: bool = False, commitment_weight: float = 0.25, entropy_weight: float = 0.0,
         entropy_temperature: float = 1.0, channel_dim: int = -1, backend: str = "auto",
@@ -96,18 +105,15 @@ class SignQuantizer(nn.Module):
         name = "SignQuantizer"
         if not 1 <= ops._check.integer(name, "dim", dim) <= MOST_BITS:
             raise ValueError(f"{name}: dim: wanted 1 to {MOST_BITS} bits, got {dim}")
-        if not ops._check.number(name, "entropy_temperature", entropy_temperature) > 0:
-            raise ValueError(f"{name}: entropy_temperature: wanted a number > 0, got {entropy_temperature}")
-        if backend not in BACKENDS:
-            raise ValueError(f"{name}: backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.dim, self.spherical, self.backend = dim, bool(spherical), backend
+        self.dim, self.backend = dim, ops._check.backend(name, backend)
+        self.spherical = ops._check.flag(name, "spherical", spherical)
         self.commitment_weight = ops._check.non_negative(name, "commitment_weight", commitment_weight)
         self.entropy_weight = ops._check.non_negative(name, "entropy_weight", entropy_weight)
-        self.entropy_temperature = entropy_temperature
+        self.entropy_temperature = ops._check.above_zero(name, "entropy_temperature", entropy_temperature)
         self.channel_dim = ops._check.integer(name, "channel_dim", channel_dim)
         self.size = dim**-0.5 if spherical else 1.0
-        # Rows counted, and rows of which each bit is set.
-        self.register_buffer("hits", torch.zeros(dim + 1, dtype=torch.int64), persistent=False)
+        self.hits, self.non_finite = torch.zeros(dim + 1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        self._told = False
 
     def _rows(self, x: Tensor) -> Tensor:
         ops._check.floating("SignQuantizer", "x", x)
@@ -144,8 +150,7 @@ class SignQuantizer(nn.Module):
             if self.entropy_weight:
                 loss = loss + self.entropy_weight * self._entropy(y, good)
             self._count(bits, good)
-        # y - y is 0 or -0, which changes no bit of codes that are not 0.
-        quantized = torch.where(good.unsqueeze(-1), q + (y - y.detach()), torch.nan)
+        quantized = straight_through(y, torch.where(good.unsqueeze(-1), q, torch.nan))
         return Quantized(quantized.movedim(-1, self.channel_dim).to(x.dtype), pack_bits(bits), loss)
 
     def _entropy(self, y: Tensor, good: Tensor) -> Tensor:
@@ -159,9 +164,19 @@ class SignQuantizer(nn.Module):
 
     @torch.no_grad()
     def _count(self, bits: Tensor, good: Tensor) -> None:
-        if not _recomputing():
-            rows = torch.cat([good.unsqueeze(-1), bits], dim=-1).reshape(-1, self.dim + 1)
-            self.hits += rows.to(torch.int64).sum(0)
+        if recomputing():
+            return
+        rows = torch.cat([good.unsqueeze(-1), bits], dim=-1).reshape(-1, self.dim + 1)
+        self.hits += rows.to(torch.int64).sum(0)
+        self.non_finite += (~good).sum()
+        if not torch.compiler.is_compiling() and good.device.type == "cpu":
+            self._tell()
+
+    def _tell(self) -> None:
+        """Warns once of rows that are not finite. Waits for the device."""
+        if not self._told and int(self.non_finite):
+            self._told = True
+            _usage.warn_non_finite("SignQuantizer", int(self.non_finite))
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -177,19 +192,34 @@ class SignQuantizer(nn.Module):
         """None: there are no tables."""
         return ()
 
-    def usage(self) -> float:
-        """Share of the 2 D bit values seen since `reset_usage()`, in training only: 2^D codes have no counter each."""
-        rows, seen = self.hits[0], self.hits[1:]
+    def usage(self, *, all_ranks: bool = True) -> float:
+        """Share of the 2 D bit values seen since `reset_usage()`, in training only: 2^D codes have no counter each.
+
+        Args:
+            all_ranks: see `VectorQuantizer.usage`.
+        """
+        hits = self._hits(all_ranks)
+        rows, seen = hits[0], hits[1:]
         return float(((seen > 0).double() + (seen < rows).double()).mean() / 2)
 
-    def perplexity(self) -> float:
+    def perplexity(self, *, all_ranks: bool = True) -> float:
         """exp of the sum of the bits' entropies: of the codes hit, were their bits independent; 0 before any."""
-        rows, seen = self.hits[0].double(), self.hits[1:].double()
+        hits = self._hits(all_ranks).double()
+        rows, seen = hits[0], hits[1:]
         return float(bit_entropy(seen / rows).sum().exp()) if rows > 0 else 0.0
+
+    def _hits(self, all_ranks: bool) -> Tensor:
+        self._tell()
+        return _usage.over_ranks(self.hits, all_ranks)
+
+    def non_finite_rows(self, *, all_ranks: bool = True) -> int:
+        """Rows with NaN or inf since `reset_usage()`, in training."""
+        return int(_usage.over_ranks(self.non_finite, all_ranks))
 
     def reset_usage(self) -> None:
         """Starts counting anew."""
         self.hits.zero_()
+        self.non_finite.zero_()
 
     def freeze(self) -> None:
         """There is nothing that moves."""

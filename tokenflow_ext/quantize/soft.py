@@ -6,18 +6,19 @@ from torch import Tensor
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops._native import real
-from tokenflow_ext.quantize._exact import LayerNorm, Linear, RMSNorm, mean_square
+from tokenflow_ext.quantize._losses import mean_square
+from tokenflow_ext.quantize._precision import LayerNorm, Linear, RMSNorm
 from tokenflow_ext.quantize._quantizer import Quantizer
 
 
 class SoftQuantizer(Quantizer):
     """Keys choose a code, values are what it stands for; a subclass says what they are.
 
-        z_q = hard + soft - sg(soft), hard = values[argmax_k s_k], soft = softmax(s) values, s = scale queries(z).keys
+        z_q = (h + p - sg(p)) values, h = onehot(argmax_k s_k), p = softmax(s), s = scale queries(z).keys;   hard = h values
         loss = mean((z_q - z)^2) + commitment_weight mean((sg hard - z)^2) + codebook_weight mean((hard - sg z)^2)
 
-    in training plus entropy_weight (mean_n H(p_n) - H(mean_n p_n)), p = softmax(s / entropy_temperature). `quantized` sends
-    its gradient to the input, keys and values through the softmax, to values through the hard code too.
+    in training plus entropy_weight (mean_n H(p'_n) - H(mean_n p'_n)), p' = softmax(s / entropy_temperature). `quantized` sends
+    its gradient to input and keys through the softmax, to values through the hard code alone.
     """
 
     gradient, scale = "softmax", 1.0
@@ -26,9 +27,7 @@ class SoftQuantizer(Quantizer):
         self, dim, codebook_size, commitment_weight, codebook_weight, entropy_weight, entropy_temperature, entropy_eps,
         channel_dim, backend,
     ):  # fmt: skip
-        name = type(self).__name__
-        if ops._check.integer(name, "dim", dim) < 1:
-            raise ValueError(f"{name}: dim: wanted an integer >= 1, got {dim}")
+        ops._check.positive(type(self).__name__, "dim", dim)
         super().__init__(
             widths=[dim], codebook_size=codebook_size, groups=1, weights=None, metric="dot", update="gradient",
             commitment_weight=commitment_weight, codebook_weight=codebook_weight, entropy_weight=entropy_weight,
@@ -58,7 +57,8 @@ class SoftQuantizer(Quantizer):
 
     def step(self, z: Tensor, keys: Tensor, values: Tensor) -> Quantized:
         """`choose` with its loss, entropy term included; in training counts usage."""
-        quantized, indices, queries, good = self.choose(z, keys, values)
+        with self.codebook.quietly():
+            quantized, indices, queries, good = self.choose(z, keys, values)
         hard = ops.lookup(indices, values, backend=self.backend)
         loss = (
             mean_square(quantized, z, good)
@@ -74,7 +74,8 @@ class SoftQuantizer(Quantizer):
         if self.entropy_weight == 0:
             return 0.0
         options = {"metric": "dot", "temperature": self.entropy_temperature / self.scale, "eps": self.entropy_eps}
-        first, second = ops.entropy_loss(queries, keys, **options, backend=self.backend)
+        with self.codebook.quietly():
+            first, second = ops.entropy_loss(queries, keys, **options, backend=self.backend)
         return self.entropy_weight * (first - second)
 
     def forward(self, x: Tensor) -> Quantized:
@@ -110,7 +111,7 @@ class SoftQuantizer(Quantizer):
 class IndexPropagationQuantizer(SoftQuantizer):
     """IBQ: one codebook [K, D], searched by dot product, every code of which gets a gradient from every row.
 
-        z_q = hard + soft - sg(soft), hard = E[argmax_k z.E_k], soft = softmax(z E^T) E
+        z_q = (h + p - sg(p)) E, h = onehot(argmax_k z.E_k), p = softmax(z E^T);   hard = h E
         loss = mean((z_q - z)^2) + commitment_weight mean((sg hard - z)^2) + codebook_weight mean((hard - sg z)^2)
 
     Nothing of size N x K exists, forward or backward: K = 262144 trains where a row of probabilities a token would not fit.
@@ -162,7 +163,7 @@ class AttentionQuantizer(SoftQuantizer):
     """CODA: a row attends to a codebook [K, D] with projected keys and values, and the hardened attention picks one code.
 
         q = norm(z W_q + b_q), k = norm(E W_k + b_k), v = E W_v + b_v, s = q.k / sqrt(key_dim)
-        z_q = hard + soft - sg(soft), hard = v[argmax_k s_k], soft = softmax(s) v
+        z_q = (h + p - sg(p)) v, h = onehot(argmax_k s_k), p = softmax(s);   hard = h v
         loss = mean((z_q - z)^2) + commitment_weight mean((sg hard - z)^2) + codebook_weight mean((hard - sg z)^2)
 
     Wrap it in a `SoftMultiScaleQuantizer` for CODA's residual over scales. Projections stay float32 under half() and autocast.
@@ -199,11 +200,8 @@ class AttentionQuantizer(SoftQuantizer):
         entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
         name = "AttentionQuantizer"
-        key_dim = dim if key_dim is None else key_dim
-        if ops._check.integer(name, "key_dim", key_dim) < 1:
-            raise ValueError(f"{name}: key_dim: wanted an integer >= 1, got {key_dim}")
-        if norm not in NORMS:
-            raise ValueError(f"{name}: norm: wanted one of {', '.join(NORMS)}, got {norm!r}")
+        key_dim = dim if key_dim is None else ops._check.positive(name, "key_dim", key_dim)
+        ops._check.one_of(name, "norm", norm, NORMS)
         norm_eps = ops._check.non_negative(name, "norm_eps", norm_eps)
         super().__init__(
             dim, codebook_size, commitment_weight, codebook_weight, entropy_weight, entropy_temperature, entropy_eps,

@@ -77,7 +77,15 @@ class SoftMultiScaleQuantizer(MultiScaleQuantizer):
         Raises:
             ValueError, TypeError: wrong width or type, or a scale larger than the map.
         """
-        f_hat, indices, losses = self._loop(features, self.quantizer.step)
+        good = []
+
+        def step(rows: Tensor, *tables: Tensor) -> Quantized:
+            good.append(rows.detach().isfinite().all(-1).flatten(1))
+            return self.quantizer.step(rows, *tables)
+
+        f_hat, indices, losses = self._loop(features, step)
+        if self.training:
+            self._count(indices, torch.cat(good, dim=1), range(len(self.scales)))
         return Quantized(f_hat.to(features.dtype), indices, sum(loss for (loss,) in losses) / len(losses))
 
     @torch.no_grad()
@@ -100,11 +108,16 @@ class SoftMultiScaleQuantizer(MultiScaleQuantizer):
         """f_hat [B, C, H, W] of ids [B, any whole-scale prefix]; size is the map's, by default the largest scale."""
         return self._maps(indices, self._pair(size))[-1]
 
-    def inputs(self, indices: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:
-        """Inputs [B, rows, C] of an autoregressive model after a prefix of ids: f_hat of each scale, Down to the next."""
-        maps = self._maps(indices, self._pair(size))[1:]
+    def inputs(self, indices: Tensor, rule: str = "accumulate", *, size: int | tuple[int, int] | None = None) -> Tensor:
+        """Inputs [B, rows, C] of an autoregressive model after a prefix of ids: f_hat of each scale, Down to the next.
+
+        Raises:
+            ValueError: another rule than "accumulate".
+        """
+        ops._check.one_of(type(self).__name__, "rule", rule, ("accumulate",))
+        empty, *maps = self._maps(indices, self._pair(size))
         rows = [resample(f, grid, "area").flatten(2).mT for f, grid in zip(maps, self.scales[1:])]
-        return torch.cat(rows, dim=1) if rows else indices.new_zeros((indices.shape[0], 0, self.quantizer.dim)).float()
+        return torch.cat(rows, dim=1) if rows else empty.flatten(2).mT[:, :0]
 
     def _pair(self, size) -> tuple[int, int]:
         return self._fitting(pair(type(self).__name__, "size", self._size(size)))
