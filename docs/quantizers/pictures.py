@@ -359,8 +359,8 @@ def attention():
     z = torch.randn(1, 2)
     keys, values = (t.detach() for t in quantizer.keys_and_values())
     query, chosen = quantizer.queries(z)[0].detach(), int(quantizer(z).indices)
-    p = torch.softmax(quantizer.scale * (keys @ query), 0)
-    soft = p @ values
+    p = torch.softmax(quantizer.scale * (keys @ query), 0).double().round(decimals=4)  # the same bytes wherever drawn
+    soft = p @ values.double()
     figure, (left, middle, right) = panels("Query and keys", "Attention", "Values", widths=[1, 1.1, 1], height=3.1)
     left.add_patch(Circle((0, 0), 2**0.5, fill=False, edgecolor=PALE, lw=1.2))
     arrow(left, (0, 0), query, INK, 1.6)
