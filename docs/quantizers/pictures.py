@@ -324,7 +324,8 @@ def index_propagation():
     """The softmax over the codes, and what one row's reconstruction sends to each of them."""
     torch.manual_seed(7)
     codes, z, wanted = 1.1 * torch.randn(26, 2), torch.tensor([[1.1, 0.9]]), torch.tensor([[0.3, 1.9]])
-    p, order = torch.softmax((z @ codes.T)[0], 0), (z @ codes.T)[0].argsort(descending=True)
+    p = torch.softmax((z @ codes.T)[0].double(), 0).round(decimals=6)
+    order = p.argsort(descending=True)
     figure, (left, right) = panels(
         "A row and softmax(z E^T), as areas", "Gradient of one row at each code, most probable first", widths=[1, 1.35]
     )
@@ -357,10 +358,13 @@ def attention():
     put(quantizer.to_v.weight, torch.tensor([[0.7, 0.6], [-0.8, 0.5]]))
     put(quantizer.norm_q.weight, [1.6, 1.6])
     z = torch.randn(1, 2)
-    keys, values = (t.detach() for t in quantizer.keys_and_values())
-    query, chosen = quantizer.queries(z)[0].detach(), int(quantizer(z).indices)
-    p = torch.softmax(quantizer.scale * (keys @ query), 0).double().round(decimals=4)  # the same bytes wherever drawn
-    soft = p @ values.double()
+    # Rounded, because a matrix product's last bit depends on where its memory lies.
+    keys, values, query = (
+        t.detach().double().round(decimals=4) for t in (*quantizer.keys_and_values(), quantizer.queries(z)[0])
+    )
+    chosen = int(quantizer(z).indices)
+    p = torch.softmax(quantizer.scale * (keys @ query), 0).round(decimals=4)
+    soft = (p @ values).round(decimals=4)
     figure, (left, middle, right) = panels("Query and keys", "Attention", "Values", widths=[1, 1.1, 1], height=3.1)
     left.add_patch(Circle((0, 0), 2**0.5, fill=False, edgecolor=PALE, lw=1.2))
     arrow(left, (0, 0), query, INK, 1.6)
@@ -393,7 +397,7 @@ def projected():
     figure, (left, right) = panels("A frozen table, sorted", "Its codes under a learned projection", widths=[0.9, 1.1])
     for number, (name, (lo, hi, colour)) in enumerate(windows.items()):
         quantizer = ProjectedQuantizer(table, 2, projection=projection, window=(lo, hi))
-        codes, ids = quantizer.codebooks()[0].detach(), quantizer(rows).indices
+        codes, ids = quantizer.codebooks()[0].detach().double().round(decimals=4), quantizer(rows).indices
         right.scatter(*codes.T, s=24, facecolor="white", edgecolor=colour, lw=1.3, zorder=2)
         for row, i in zip(rows, ids):
             right.plot(*torch.stack([row, codes[i - lo]]).T, color=colour, lw=1.6, zorder=3)
