@@ -520,6 +520,11 @@ def write(folder: Path, suffix: str = "svg") -> list[Path]:
     with plt.rc_context(STYLE):
         for draw in PICTURES:
             path, figure = folder / f"{draw.__name__}.{suffix}", draw()
+            # The layout's last bits vary from run to run.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            for ax in figure.axes:
+                ax.set_position([round(side, 4) for side in ax.get_position(original=True).bounds])
             figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
             plt.close(figure)
             written.append(path)
