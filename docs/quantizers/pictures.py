@@ -100,7 +100,7 @@ def cells(ax, codes, reach: float, wide: float) -> None:
 
 def vector():
     """Rows find the nearest code; the codes that have rows follow them."""
-    torch.manual_seed(4)
+    torch.manual_seed(69)
     middles = torch.tensor([[1.2, 0.8], [-0.8, 1.0], [1.0, -0.8]])
     rows = (middles[:, None] + 0.33 * torch.randn(3, 48, 2)).reshape(-1, 2)
     quantizer = VectorQuantizer(2, 10, metric="l2", update="ema", decay=0.9)
