@@ -20,8 +20,3 @@ def test_make_targets_exist():
     assert {"test", "demo"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), target
-
-
-def test_pictures_are_there():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT):
-        assert (ROOT / path).is_file(), path
