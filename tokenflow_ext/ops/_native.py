@@ -146,6 +146,11 @@ def emulates() -> bool:
     return _emulator is not None and _asked.emulated
 
 
+def may_look(values: torch.Tensor) -> bool:
+    """Whether Python may read values of this tensor: there are some, and no device has to be waited for."""
+    return not torch.compiler.is_compiling() and type(values) is torch.Tensor and values.is_cpu and not emulates()
+
+
 @contextlib.contextmanager
 def emulating(wanted: bool):
     """Inside the block they do, or do not."""

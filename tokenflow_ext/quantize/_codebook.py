@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tokenflow_ext import ops
-from tokenflow_ext.ops._native import counted_by_the_caller, in_type, real, tell_counts
+from tokenflow_ext.ops._native import counted_by_the_caller, in_type, may_look, real, tell_counts
 from tokenflow_ext.ops.quantize import HITS, NOTHING, SUMS
 from tokenflow_ext.quantize import _ranks, _usage
 from tokenflow_ext.quantize._kmeans import kmeans, sample
@@ -239,7 +239,7 @@ class Codebook(FullPrecision):
 
     def _watch(self, bad: torch.Tensor) -> None:
         """Adds up the rows that are not finite; on the CPU, where looking costs no wait, warns of them and of a collapse."""
-        if torch.compiler.is_compiling() or self.hits.device.type != "cpu":
+        if not may_look(bad):
             self.non_finite += bad
             return
         if int(bad):
@@ -278,9 +278,9 @@ class Codebook(FullPrecision):
 
     def _follow(self, counts: torch.Tensor, sums: torch.Tensor, backend: str) -> None:
         """The step of the moving averages; codes without rows, or with sums past float's range, keep their bits."""
-        if torch.compiler.is_compiling() or sums.device.type != "cpu" or not math.isfinite(sums.sum()):
+        if not may_look(sums) or not math.isfinite(sums.sum()):
             fits = sums.isfinite().all(-1)
-            counts, sums = torch.where(fits, counts, 0), torch.where(fits[..., None], sums, 0)
+            counts, sums = torch.where(fits, counts, 0), torch.where(fits.unsqueeze(-1), sums, 0)
         if len(self.widths) == 1 and self.table_0.is_contiguous():
             state = (self.table_0.view_as(self.ema_sums), self.ema_counts, self.ema_sums, counts, sums)
             options = {"metric": self.metric, "normalize_mean": self.normalize_mean}
@@ -298,7 +298,7 @@ class Codebook(FullPrecision):
         """Dead codes take rows of the batch of all ranks, each another one, likelier the farther they lie from their codes."""
         dead = self.ema_counts < self.dead_code_threshold
         self.revivals += 1
-        if not torch.compiler.is_compiling() and dead.device.type == "cpu" and not bool(dead.any()):
+        if may_look(dead) and not bool(dead.any()):
             return  # on every rank, for ema_counts have the same bits there
         joined = self.joined()
         good = self._good(rows, mask)

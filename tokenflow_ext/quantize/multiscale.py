@@ -200,9 +200,10 @@ class MultiScaleQuantizer(FullPrecision):
         """Adds ids [B, L] to the hits of their scales, where good [B, L] holds."""
         if recomputing():
             return
-        parts = (part.split(self._lengths(kept), dim=1) for part in (indices, good.to(torch.int64)))
-        for s, ids, counts in zip(kept, *parts, strict=True):
-            self.scale_hits[s].scatter_add_(0, ids.reshape(-1), counts.reshape(-1))
+        codes = self.scale_hits.shape[1]
+        parts = zip(kept, indices.split(self._lengths(kept), dim=1), strict=True)
+        places = torch.cat([ids + s * codes for s, ids in parts], dim=1)
+        self.scale_hits.view(-1).scatter_add_(0, places.reshape(-1), good.to(torch.int64).reshape(-1))
 
     def _with_dropped(self, indices: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """Ids of the kept scales with -1 at the places of the dropped one."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _multiscale_check
-from tokenflow_ext.ops._native import real
+from tokenflow_ext.ops._native import may_look, real
 from tokenflow_ext.ops.multiscale import quantize_with_rows
 from tokenflow_ext.quantize._gradients import straight_through
 from tokenflow_ext.quantize._losses import two_sided
@@ -80,7 +80,7 @@ class PrefixMultiScaleQuantizer(MultiScaleQuantizer):
         depths = self.draw(features.shape[0], features.device) if depths is None else depths
         if ops._check.ids(name, "depths", depths).shape != features.shape[:1]:
             raise ValueError(f"{name}: depths: wanted {list(features.shape[:1])}, got {list(depths.shape)}")
-        if depths.device.type == "cpu" and not torch.compiler.is_compiling():
+        if may_look(depths):
             outside = depths[(depths < 1) | (depths > len(self.scales))]
             if len(outside):
                 raise ValueError(f"{name}: depths: wanted 1 to {len(self.scales)} scales, got {int(outside[0])}")

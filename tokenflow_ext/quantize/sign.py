@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tokenflow_ext import ops
 from tokenflow_ext._types import Quantized
-from tokenflow_ext.ops._native import real
+from tokenflow_ext.ops._native import may_look, real
 from tokenflow_ext.quantize import _usage
 from tokenflow_ext.quantize._codebook import recomputing
 from tokenflow_ext.quantize._gradients import straight_through
@@ -169,7 +169,7 @@ class SignQuantizer(FullPrecision):
         rows = torch.cat([good.unsqueeze(-1), bits], dim=-1).reshape(-1, self.dim + 1)
         self.hits += rows.to(torch.int64).sum(0)
         self.non_finite += (~good).sum()
-        if not torch.compiler.is_compiling() and good.device.type == "cpu":
+        if may_look(good):
             self._tell()
 
     def _tell(self) -> None:
