@@ -135,10 +135,10 @@ class LeCam(nn.Module):
         totals = torch.stack([s.to(torch.float64) for s in sums])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
-        decay = torch.where(self.updates > 0, self.decay, 0.0)
+        share = torch.where(self.updates > 0, totals.new_full((), 1 - self.decay), 1.0)
         for average, total, count in zip((self.real, self.fake), totals[:2], totals[2:], strict=True):
             # Without a single value anywhere the average stays.
-            average.lerp_(torch.where(count > 0, total / count, average).to(average), (1 - decay).to(average))
+            average.lerp_(torch.where(count > 0, total / count, average).to(average), share.to(average))
         self.updates += 1
 
 

@@ -36,7 +36,7 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
         >>> x = torch.zeros(1, 3, 1, 5)
         >>> x[..., 2] = 1
         >>> [round(v, 3) for v in gaussian_blur(x, 0.5)[0, 0, 0].tolist()]
-        [0.0, 0.106, 0.786, 0.106, 0.0]
+        [0.0, 0.106, 0.787, 0.106, 0.0]
     """
     _check.images("gaussian_blur", "images", images)
     _check.at_least("gaussian_blur", "sigma", sigma, 0)

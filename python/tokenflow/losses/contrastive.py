@@ -64,7 +64,8 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor | float, *, loca
             image, text, first, world = images, texts, 0, 1
         labels = torch.arange(first, first + len(image), device=image.device)
         if not count:
-            return whole.sum()
+            # The scale takes part, so that DDP finds its gradient.
+            return whole.sum() * scale
         pairs = ((image, texts), (text, images))
         sums = [F.cross_entropy(scale * rows @ others.T, labels, reduction="sum") for rows, others in pairs]
         return (sums[0] + sums[1]) * (world / (2 * count))
