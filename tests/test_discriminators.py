@@ -110,8 +110,9 @@ def test_head_is_its_layers():
 
 
 def test_dino_discriminator_adds_class_to_patches_and_judges_every_level():
-    tower = TinyTower()
-    model = DinoDiscriminator(tower, width=32, levels=2, side=28).double().eval()
+    # With one channel a group the norm would take the class token away again.
+    tower = TinyTower(64)
+    model = DinoDiscriminator(tower, width=64, levels=2, side=28).double().eval()
     (x,) = leaves(double(2, 3, 28, 28))
     out = model(x)
     mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64)[:, None, None]

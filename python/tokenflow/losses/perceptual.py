@@ -100,7 +100,6 @@ class LPIPS(nn.Module):
         total = 0.0
         for level, feature in enumerate(self.features(torch.cat([a, b]))):
             feature = feature if feature.dtype == torch.float64 else feature.float()
-            # The norm's gradient at zero is zero here, NaN if written as a square root.
             unit = feature / (torch.linalg.vector_norm(feature, dim=1, keepdim=True) + 1e-10)
             difference = (unit[: len(a)] - unit[len(a) :]).square()
             total = total + torch.einsum("bchw,c->bhw", difference, getattr(self, f"head{level}")).mean((1, 2))
