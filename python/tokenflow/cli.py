@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -63,19 +63,38 @@ class Reconstruct:
 
 @dataclass
 class Encode:
-    """Write the token ids of pictures as JSON: one line a picture, one list a scale."""
+    """Write the token ids of a data set as safetensors shards, or of a few pictures as JSON lines.
 
-    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    A data set is a folder of images or of webdataset's tar shards, or one such shard. Stopped and started again, the command
+    goes on behind the last whole shard; under torchrun every process writes its share of the shards. Of a few image files it
+    writes one line a picture, one list a scale.
+    """
+
+    data: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """A folder, a tar shard, or image files."""
     model: str = str(OUT / "tokenizer")
     """Folder of a trained tokenizer, a released checkpoint file, or a name on the Hugging Face hub."""
     out: Path | None = None
-    """File for the lines; standard output without it."""
+    """Folder for the shards; of image files, file for the lines, standard output without it."""
+    shard_size: int = 1024
+    """Pictures a shard: what a stop can lose at most."""
+    batch: int = 32
+    """Pictures encoded at once."""
+    workers: int = 0
+    """Processes that read and decode pictures; 0 does it in the main one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the networks; the quantizer always works in float32."""
+    device: str | None = None
+    """Where the model runs; by default this process's GPU where there is one."""
+    resize: Literal["area", "bicubic"] = "area"
+    """How a data set's pictures are made small: averaged, as single files are, or as the model's image processor does."""
 
     def run(self) -> None:
         from tokenflow.commands import encode
+        from tokenflow.encoding import Running
 
-        encode(self.pictures, self.model, self.out)
+        running = Running(self.batch, self.workers, self.dtype, self.device, self.resize)
+        encode(self.data, self.model, self.out, running, shard_size=self.shard_size)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import tokenflow_ext
 from tokenflow.data.pictures import read_picture, skipped_sentence
+from tokenflow.encoding import Running, encode_data_set
 from tokenflow.evaluation.reconstruction import psnr
 from tokenflow.models import TokenFlow, Tokenizer, checkpoint
 from tokenflow.report.pixels import pil_image
@@ -76,9 +77,20 @@ def reconstruct(paths: Sequence[Path], name: str, out: Path) -> None:
         tqdm.write(f"{target}: {indices.shape[-1]} tokens, {psnr(decoded, image).item():.2f} dB")
 
 
-def encode(paths: Sequence[Path], name: str, out: Path | None) -> None:
-    """Write {"file", "scales", "indices"} as JSON lines; a tokenizer without scales has one list of ids."""
+def encode(paths: Sequence[Path], name: str, out: Path | None, running: Running, *, shard_size: int) -> None:
+    """A data set as shards, see `encode_data_set`; pictures as JSON lines of {"file", "scales", "indices"}, where a tokenizer
+    without scales has one list of ids."""
     model = open_tokenizer(name)
+    sets = [path for path in paths if path.is_dir() or path.suffix == ".tar"]
+    if sets:
+        if len(paths) > 1:
+            raise ValueError(
+                f"encode: data: wanted one data set or several image files, got {len(paths)} with {sets[0]}"
+            )
+        if out is None:
+            raise ValueError("encode: out: wanted a folder for the shards (--out FOLDER), got none")
+        encode_data_set(model, sets[0], out, running, shard_size=shard_size)
+        return
     lines, scales = [], list(getattr(model.config, "scales", ()))
     for path, image in tqdm(read_all(paths, model.image_size), desc="encoding", unit="picture"):
         maps = [m[0].flatten().tolist() for m in model.split(model.encode(image))]
