@@ -1,10 +1,11 @@
-"""Every docstring example of the core and of the models runs."""
+"""Every docstring example of the core, of the losses and of the models runs."""
 
 import doctest
 import importlib
 import pkgutil
 
 import pytest
+import tokenflow.losses
 import tokenflow.models
 import torch
 
@@ -12,7 +13,7 @@ import tokenflow_ext
 
 MODULES = [
     m.name
-    for package in (tokenflow_ext, tokenflow.models)
+    for package in (tokenflow_ext, tokenflow.losses, tokenflow.models)
     for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not m.name.endswith("._C")
 ]
