@@ -1,4 +1,4 @@
-"""What the short commands do: reconstruct, encode, generate, info."""
+"""What the short commands do: reconstruct, encode, evaluate, generate, info."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ import tokenflow_ext
 from tokenflow.data.pictures import read_picture, skipped_sentence
 from tokenflow.encoding import Running, encode_data_set
 from tokenflow.evaluation.reconstruction import psnr
+from tokenflow.evaluation.run import Brought, evaluate_data_set
+from tokenflow.files import write_whole
 from tokenflow.models import TokenFlow, Tokenizer, checkpoint
+from tokenflow.report.evaluation import evaluation_page
 from tokenflow.report.pixels import pil_image
 
 EXTRAS = {
@@ -100,6 +103,17 @@ def encode(paths: Sequence[Path], name: str, out: Path | None, running: Running,
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n".join(lines) + "\n")
+
+
+def evaluate(data: Path, name: str, out: Path, running: Running, brought: Brought) -> None:
+    """Print the table of measures and write it to evaluation.json and index.html in `out`."""
+    found = evaluate_data_set(open_tokenizer(name), name, data, running, brought)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "evaluation.json", found.text())
+    write_whole(out / "index.html", evaluation_page(found))
+    if found.skipped:
+        print(skipped_sentence(found.skipped), file=sys.stderr)
+    print(f"{found.table()}\npictures and numbers: {out / 'index.html'}")
 
 
 def generate(captions: Sequence[str], run_dir: Path, out: Path, *, seed: int, guidance: float | None) -> None:

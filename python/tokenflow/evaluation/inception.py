@@ -50,7 +50,9 @@ class Inception(nn.Module):
         if len(self.names) != 94 or "Mixed_7c.branch3x3dbl_3b" not in self.names:
             raise ValueError(f"Inception: state: wanted the 94 convolutions of FID's network, got {len(self.names)}")
         for name in self.names:
-            norm = {part: state[f"{name}.bn.{part}"].float() for part in ("weight", "bias", "running_mean", "running_var")}
+            norm = {
+                part: state[f"{name}.bn.{part}"].float() for part in ("weight", "bias", "running_mean", "running_var")
+            }
             scale = norm["weight"] / (norm["running_var"] + EPS).sqrt()
             weight = state[f"{name}.conv.weight"].float() * scale[:, None, None, None]
             self.register_buffer(self._key(name, "weight"), weight.contiguous(memory_format=torch.channels_last))

@@ -41,6 +41,8 @@ def ssim(images: Tensor, originals: Tensor, *, data_range: float = 1.0) -> Tenso
     mean = lambda t: F.avg_pool2d(t, WINDOW, 1)  # noqa: E731
     mx, my = mean(x), mean(y)
     sample = WINDOW**2 / (WINDOW**2 - 1)
-    vx, vy, vxy = (sample * (mean(a * b) - ma * mb) for a, b, ma, mb in ((x, x, mx, mx), (y, y, my, my), (x, y, mx, my)))
+    vx, vy, vxy = (
+        sample * (mean(a * b) - ma * mb) for a, b, ma, mb in ((x, x, mx, mx), (y, y, my, my), (x, y, mx, my))
+    )
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     return ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
