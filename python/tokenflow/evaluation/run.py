@@ -139,8 +139,10 @@ def meters(
     if weights is None:
         missing.append("rFID: --inception FILE with torch-fidelity's weights")
     else:
-        network = Inception.from_file(weights).to(device)
-        found.append(DistributionMeter("rFID", network, "torch-fidelity's Inception, 2048 features, 8 bits"))
+        network, file = Inception.from_file(weights).to(device), Path(weights).name
+        found.append(
+            DistributionMeter("rFID", network, f"FID's Inception at 299 x 299 with {file}, 2048 features, 8 bits")
+        )
     try:
         lite = LiteFeatures(size, device)
         found.append(DistributionMeter("KID on EfficientNet-Lite0", lite, f"{lite}, 8 bits, cubic kernel", kernel=True))
@@ -223,6 +225,7 @@ def evaluate_data_set(model: Tokenizer, name: str, data: Path, running: Running,
     return Evaluation(about, protocol, measures, missing, skipped, shown, usage.hits, conditions)
 
 
+@torch.no_grad()
 def round_trip(model: Tokenizer, rows: list[int], images: Tensor) -> Seen:
     """Images, their tokens and what the tokens say, encoded once."""
     indices = model.encode(images)
