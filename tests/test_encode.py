@@ -16,8 +16,9 @@ from tokenflow.cli import main
 from tokenflow.data.entries import data_set
 from tokenflow.data.loading import Crop, as_float, loaded
 from tokenflow.data.pictures import read_picture
-from tokenflow.data.tokens import read_tokens
+from tokenflow.data.tokens import read_tokens, start
 from tokenflow.encoding import Running, encode_data_set
+from tokenflow.files import write_whole
 from tokenflow.models import TokenFlow, UniTok
 from tokenflow.models.unitok import Config
 
@@ -131,6 +132,33 @@ def test_two_ranks_write_the_shards_of_one(whole, pictures, model, tmp_path):
     children = [forked(run, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert files(out) == files(whole)
+
+
+def test_ranks_that_begin_at_the_same_moment(tmp_path, monkeypatch):
+    replace, waiting = os.replace, [1, 2]
+
+    def late(temporary, path):
+        # Another rank comes and goes between this one's write and its rename.
+        if waiting:
+            start(tmp_path, {"pictures": 3}, rank=waiting.pop())
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", late)
+    start(tmp_path, {"pictures": 3}, rank=0)
+    assert not waiting and [path.name for path in tmp_path.iterdir()] == ["encode.json"]
+
+
+def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+    replace, renamed = os.replace, []
+
+    def watched(temporary, path):
+        assert not path.exists() and temporary.read_bytes() == b"all of it"
+        renamed.append(path)
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", watched)
+    write_whole(tmp_path / "file", "all of it")
+    assert renamed == [tmp_path / "file"] and (tmp_path / "file").read_bytes() == b"all of it"
 
 
 def test_a_rank_writes_only_its_own(pictures, model, tmp_path, monkeypatch, capsys):

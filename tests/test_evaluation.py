@@ -261,6 +261,7 @@ def test_zero_shot_and_retrieval_are_their_formulas(models):
     entries = [Entry(f"{'ab'[i % 2]}/{i}.png", "", group="ab"[i % 2], caption=f"{i // 2} c") for i in range(10)]
     templates = ("{} x", "y {}")
     meter = WordsMeter(model, words, entries, {"a": "cat"}, templates)
+    assert meter.classes == ["a", "b"] and meter.names == ["cat", "b"]
     seen = seen_of(model, 10)
     for part in (slice(0, 7), slice(7, 10)):
         meter.update(Seen(seen.rows[part], *(t[part] for t in seen[1:])))

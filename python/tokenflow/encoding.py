@@ -100,7 +100,7 @@ def encode_data_set(model: Tokenizer, data: Path, out: Path, running: Running, *
     start(out, {
         "pictures": len(entries), "names": names, "model": digest(model), "dtype": running.dtype, "crop": str(crop),
         "batch": running.batch, "shard size": shard_size, "shards": shards,
-    })  # fmt: skip
+    }, rank)  # fmt: skip
     own = range(rank, shards, world)
     todo = [number for number in own if not shard_path(out, number).exists()]
     _write(running.place(model), entries, out, running, todo, shard_size, crop, own)

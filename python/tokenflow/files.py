@@ -6,9 +6,15 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write `content` under a temporary name, flush it to disk, then rename it to `path`."""
-    temporary = path.with_name(path.name + ".part")
+def write_whole(path: Path, content: bytes | str, *, writer: str = "") -> None:
+    """Write `content` under a temporary name, flush it to disk, then rename it to `path`.
+
+    Args:
+        path: the file.
+        content: all of it; text is written as UTF-8.
+        writer: part of the temporary name, another for each process that may write the same file at the same time.
+    """
+    temporary = path.with_name(f"{path.name}{writer}.part")
     with temporary.open("wb") as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()

@@ -65,8 +65,8 @@ def about_shard(path: Path) -> dict[str, Any]:
         return json.loads(file.metadata()[ABOUT])
 
 
-def start(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make the folder for shards, or see that it is that of the same run.
+def start(folder: Path, manifest: dict[str, Any], rank: int = 0) -> None:
+    """Make the folder for shards, or see that it is that of the same run; every rank does so, in any order.
 
     Raises:
         ValueError: it holds tokens of other pictures or of another model.
@@ -74,7 +74,7 @@ def start(folder: Path, manifest: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
     if not path.exists():
-        write_whole(path, json.dumps(manifest, indent=2) + "\n")
+        write_whole(path, json.dumps(manifest, indent=2) + "\n", writer=f".{rank}")
     before = json.loads(path.read_text())
     other = [name for name in manifest if manifest[name] != before.get(name)]
     if other:
