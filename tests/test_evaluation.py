@@ -1,5 +1,6 @@
 """The measures against their formulas in float64, and `tokenflow evaluate` from pictures to page."""
 
+import copy
 import json
 import math
 import re
@@ -387,6 +388,18 @@ def test_every_kind_of_tokenizer_can_be_evaluated(kind, files, pictures, models,
     assert ("zero-shot accuracy" in names) == (kind == "unitok") == ("linear probe, image vector" in names)
     assert {"PSNR", "linear probe, codes, 8 x 8", "perplexity"} <= names and "bicubic" in found.common()
     assert evaluation_page(found).endswith("</html>") and all(m.value == m.value for m in found.measures)
+
+
+@pytest.mark.parametrize("kind", ["tokenflow", "vqvae", "unitok"])
+def test_bfloat16_networks(kind, files, pictures, models):
+    half = copy.deepcopy(models[kind])
+    brought = Brought(limit=8, probe=0)
+    found = evaluate_data_set(half, "m", pictures, Running(batch=8, dtype="bfloat16"), brought)
+    full = evaluate_data_set(models[kind], "m", pictures, Running(batch=8), brought)
+    assert half.dtype == torch.bfloat16 and "bfloat16 networks, float32 quantizer" in found.common()
+    assert [m.name for m in found.measures] == [m.name for m in full.measures]
+    a, b = (e.measures[0].value for e in (found, full))
+    assert a != b and a == pytest.approx(b, abs=1.0)
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
