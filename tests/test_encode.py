@@ -14,7 +14,7 @@ from drawn import drawn_folder, drawn_tar
 from tokenflow import encoding
 from tokenflow.cli import main
 from tokenflow.data.entries import data_set
-from tokenflow.data.loading import Crop, as_float, loaded
+from tokenflow.data.loading import Crop, Loaded, as_float, loaded
 from tokenflow.data.pictures import read_picture
 from tokenflow.data.tokens import read_tokens, start
 from tokenflow.encoding import Running, encode_data_set
@@ -170,6 +170,13 @@ def test_a_rank_writes_only_its_own(pictures, model, tmp_path, monkeypatch, caps
         "tokens-00004.safetensors",
     ]
     assert "rank 1 of 3: tokens of 11 pictures in 2 shards" in capsys.readouterr().out
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    monkeypatch.setattr(encoding, "loaded", lambda entries, batches, *_, **__: (
+        Loaded([], torch.zeros(0, 3, 64, 64, dtype=torch.uint8), ["torn"] * len(rows)) for rows in batches
+    ))  # fmt: skip
+    encode_data_set(model, pictures, tmp_path, Running(batch=4), shard_size=6)  # another rank may have pictures
+    assert "tokens of 0 pictures in 2 shards" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(ValueError, match="RANK: wanted 0 to 2, for a WORLD_SIZE of 3, got 3"):
         encode_data_set(model, pictures, tmp_path, Running())

@@ -409,6 +409,8 @@ def test_bfloat16_networks(kind, files, pictures, models):
     (["{pictures}", "--lpips", "absent.pth", "absent.pth"], "absent.pth"),
     (["{files}"], "wanted at least one readable picture, got none"),
     (["{pictures}", "--batch", "0"], "batch: wanted at least 1, got 0"),
+    (["{pictures}", "--templates"], "evaluate: templates: wanted at least one, got none"),
+    (["{pictures}", "--device", "moon"], "device: wanted one that this machine has, got moon"),
 ])  # fmt: skip
 def test_what_the_user_can_mend_is_one_sentence(arguments, wanted, files, pictures, capsys):
     arguments = [a.format(pictures=pictures, files=files / "model") for a in arguments]

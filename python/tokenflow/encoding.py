@@ -49,9 +49,17 @@ class Running:
             raise ValueError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
     def place(self, model: Tokenizer) -> Tokenizer:
-        """The model on its device, in its type."""
+        """The model on its device, in its type.
+
+        Raises:
+            ValueError: no such device.
+        """
         device = self.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        return model.to(device=device, dtype=DTYPES[self.dtype]).eval()
+        try:
+            return model.to(device=device, dtype=DTYPES[self.dtype]).eval()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device: wanted one that this machine has, got {device} ({reason})") from error
 
     def images(self, model: Tokenizer, images: Tensor) -> Tensor:
         """uint8 images as the model takes them."""
@@ -110,7 +118,7 @@ def encode_data_set(model: Tokenizer, data: Path, out: Path, running: Running, *
     skipped += broken if rank == 0 else []
     if skipped:
         print(skipped_sentence(skipped), file=sys.stderr)
-    if found and not read:
+    if world == 1 and not read:
         raise ValueError(f"encode: data: wanted at least one readable picture, got none in {data}")
     who = f"rank {rank} of {world}: " if world > 1 else ""
     print(f"{who}tokens of {read} pictures in {len(found)} shard{'s' * (len(found) != 1)} of {out}")

@@ -63,6 +63,8 @@ class Brought:
         for name, value, least in (("limit", self.limit, 2), ("probe", self.probe, 0)):
             if value is not None and value < least:
                 raise ValueError(f"evaluate: {name}: wanted at least {least}, got {value}")
+        if not self.templates:
+            raise ValueError("evaluate: templates: wanted at least one, got none")
 
 
 @dataclass
