@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenflow.data import Pictures, emoji, fluent_emoji, image_folder
-from tokenflow.data.folder import caption_of
+from tokenflow.data.entries import caption_of
 from tokenflow.data.pictures import hide_pairs, read_picture, split_by_base
 from tokenflow.errors import Missing
 

@@ -7,33 +7,13 @@ import pytest
 import tokenflow.demo as demo
 import torch
 from certified.residuals import compare
-from PIL import Image, ImageDraw
+from drawn import drawn_folder
+from PIL import Image
 from tokenflow.cli import main
 from tokenflow.data import image_folder
 from tokenflow.models.tokenflow import TokenFlow
 from tokenflow.report.charts import bar_chart, line_chart, ticks
 from tokenflow.report.pixels import data_uri, sheet
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "orange": (240, 150, 20)}
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-
-
-def draw(path, shape, colour, shift):
-    image = Image.new("RGB", (64, 64), "white")
-    pen = ImageDraw.Draw(image)
-    box = (12 + shift, 12, 50 + shift, 50)
-    if shape == "circle":
-        pen.ellipse(box, fill=colour)
-    elif shape == "square":
-        pen.rectangle(box, fill=colour)
-    elif shape == "triangle":
-        pen.polygon([(box[0], box[3]), (box[2], box[3]), (31 + shift, box[1])], fill=colour)
-    elif shape == "cross":
-        pen.line(box, fill=colour, width=9)
-        pen.line((box[0], box[3], box[2], box[1]), fill=colour, width=9)
-    else:
-        pen.ellipse(box, outline=colour, width=8)
-    image.save(path)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,12 +27,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures")
-    for shape in SHAPES:
-        (path / shape).mkdir()
-        for name, colour in COLOURS.items():
-            for number in range(2):
-                draw(path / shape / f"{name}_{shape}-{number}.png", shape, colour, 3 * number)
+    path = drawn_folder(tmp_path_factory.mktemp("pictures"))
     (path / "torn.png").write_bytes(b"\x89PNG nothing")
     return path
 
@@ -174,7 +149,8 @@ def test_what_the_user_can_mend_is_one_sentence(arguments, words, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([c, "--help"] for c in ("demo", "reconstruct", "encode", "generate", "info"))]
+    "arguments",
+    [["--help"], *([c, "--help"] for c in ("demo", "reconstruct", "encode", "evaluate", "generate", "info"))],
 )
 def test_every_command_has_help(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

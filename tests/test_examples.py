@@ -1,19 +1,29 @@
-"""Every docstring example of the core, of the losses and of the models runs."""
+"""Every docstring example of the core, and of data, evaluation, losses, models and report runs."""
 
 import doctest
 import importlib
 import pkgutil
 
 import pytest
+import tokenflow.data
+import tokenflow.evaluation
 import tokenflow.losses
 import tokenflow.models
+import tokenflow.report
 import torch
 
 import tokenflow_ext
 
 MODULES = [
     m.name
-    for package in (tokenflow_ext, tokenflow.losses, tokenflow.models)
+    for package in (
+        tokenflow_ext,
+        tokenflow.data,
+        tokenflow.evaluation,
+        tokenflow.losses,
+        tokenflow.models,
+        tokenflow.report,
+    )
     for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not m.name.endswith("._C")
 ]

@@ -1,4 +1,4 @@
-"""The command line: demo, reconstruct, encode, generate, info."""
+"""The command line: demo, reconstruct, encode, evaluate, generate, info."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -63,19 +63,87 @@ class Reconstruct:
 
 @dataclass
 class Encode:
-    """Write the token ids of pictures as JSON: one line a picture, one list a scale."""
+    """Write the token ids of a data set as safetensors shards, or of a few pictures as JSON lines.
 
-    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    A data set is a folder of images or of webdataset's tar shards, or one such shard. Stopped and started again, the command
+    goes on behind the last whole shard; under torchrun every process writes its share of the shards. Of a few image files it
+    writes one line a picture, one list a scale.
+    """
+
+    data: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """A folder, a tar shard, or image files."""
     model: str = str(OUT / "tokenizer")
     """Folder of a trained tokenizer, a released checkpoint file, or a name on the Hugging Face hub."""
     out: Path | None = None
-    """File for the lines; standard output without it."""
+    """Folder for the shards; of image files, file for the lines, standard output without it."""
+    shard_size: int = 1024
+    """Pictures a shard: what a stop can lose at most."""
+    batch: int = 32
+    """Pictures encoded at once."""
+    workers: int = 0
+    """Processes that read and decode pictures; 0 does it in the main one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the networks; the quantizer always works in float32."""
+    device: str | None = None
+    """Where the model runs; by default this process's GPU where there is one."""
+    resize: Literal["area", "bicubic"] = "area"
+    """How a data set's pictures are made small: averaged, as single files are, or as the model's image processor does."""
 
     def run(self) -> None:
         from tokenflow.commands import encode
+        from tokenflow.encoding import Running
 
-        encode(self.pictures, self.model, self.out)
+        running = Running(self.batch, self.workers, self.dtype, self.device, self.resize)
+        encode(self.data, self.model, self.out, running, shard_size=self.shard_size)
+
+
+@dataclass
+class Evaluate:
+    """Measure a tokenizer on a data set: one table, evaluation.json and a page with pictures.
+
+    PSNR, SSIM, codebook use, and what data and weights at hand allow of ST-LPIPS, LPIPS, rFID, KID, a linear probe, zero-shot
+    accuracy and retrieval. What decides about a number stands beside it; what is not measured is said, with a way to it.
+    """
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """A folder of images or of webdataset's tar shards, or one such shard; sub-folders are classes."""
+    model: str = str(OUT / "tokenizer")
+    """Folder of a trained tokenizer, a released checkpoint file, or a name on the Hugging Face hub."""
+    out: Path = Path("runs/evaluation")
+    """Folder for evaluation.json and index.html."""
+    limit: int | None = None
+    """Pictures at most, chosen by a hash of their names."""
+    lpips: tuple[Path, Path] | None = None
+    """torchvision's vgg16-397923af.pth and weights/v0.1/vgg.pth of the package lpips, for LPIPS."""
+    inception: Path | None = None
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for rFID; by default where torch-fidelity puts it."""
+    words: Path | None = None
+    """CLIP's tokenizer.json, for zero-shot accuracy and retrieval of a tokenizer with a text tower."""
+    classes: Path | None = None
+    """CSV file with the columns class (the sub-folder) and name (its words)."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Sentences around a class's name."""
+    probe: int = 10000
+    """Pictures in the linear probe at most; 0 leaves it out."""
+    batch: int = 32
+    """Pictures at once."""
+    workers: int = 0
+    """Processes that read and decode pictures; 0 does it in the main one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the networks; the quantizer always works in float32."""
+    device: str | None = None
+    """Where the model runs; by default a GPU where there is one."""
+    resize: Literal["area", "bicubic"] = "area"
+    """How pictures are made small: averaged, or as the model's image processor does."""
+
+    def run(self) -> None:
+        from tokenflow.commands import evaluate
+        from tokenflow.encoding import Running
+        from tokenflow.evaluation.run import Brought
+
+        running = Running(self.batch, self.workers, self.dtype, self.device, self.resize)
+        brought = Brought(self.limit, self.lpips, self.inception, self.words, self.classes, self.templates, self.probe)
+        evaluate(self.data, self.model, self.out, running, brought)
 
 
 @dataclass
@@ -119,7 +187,14 @@ def main(arguments: list[str] | None = None) -> None:
     # Threads that wait for each other by spinning lose a factor of ten where another process wants the same cores. OpenMP reads
     # this when torch is first imported, which the commands do.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    commands = {"demo": Demo, "reconstruct": Reconstruct, "encode": Encode, "generate": Generate, "info": Info}
+    commands = {
+        "demo": Demo,
+        "reconstruct": Reconstruct,
+        "encode": Encode,
+        "evaluate": Evaluate,
+        "generate": Generate,
+        "info": Info,
+    }
     command = tyro.extras.subcommand_cli_from_dict(
         commands, prog="tokenflow", args=arguments, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
     )
@@ -129,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"tokenflow: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        hint = "; the same command goes on from the last checkpoint" if isinstance(command, Demo) else ""
+        hints = {Demo: "; the same command goes on from the last checkpoint", Encode: "; the same command goes on"}
+        hint = hints.get(type(command), "")
         print(f"tokenflow: stopped{hint}", file=sys.stderr)
         raise SystemExit(130) from None

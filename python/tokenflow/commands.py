@@ -1,4 +1,4 @@
-"""What the short commands do: reconstruct, encode, generate, info."""
+"""What the short commands do: reconstruct, encode, evaluate, generate, info."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from tqdm import tqdm
 
 import tokenflow_ext
 from tokenflow.data.pictures import read_picture, skipped_sentence
+from tokenflow.encoding import Running, encode_data_set
 from tokenflow.evaluation.reconstruction import psnr
+from tokenflow.evaluation.run import Brought, evaluate_data_set
+from tokenflow.files import write_whole
 from tokenflow.models import TokenFlow, Tokenizer, checkpoint
+from tokenflow.report.evaluation import evaluation_page
 from tokenflow.report.pixels import pil_image
 
 EXTRAS = {
@@ -76,9 +80,20 @@ def reconstruct(paths: Sequence[Path], name: str, out: Path) -> None:
         tqdm.write(f"{target}: {indices.shape[-1]} tokens, {psnr(decoded, image).item():.2f} dB")
 
 
-def encode(paths: Sequence[Path], name: str, out: Path | None) -> None:
-    """Write {"file", "scales", "indices"} as JSON lines; a tokenizer without scales has one list of ids."""
+def encode(paths: Sequence[Path], name: str, out: Path | None, running: Running, *, shard_size: int) -> None:
+    """A data set as shards, see `encode_data_set`; pictures as JSON lines of {"file", "scales", "indices"}, where a tokenizer
+    without scales has one list of ids."""
     model = open_tokenizer(name)
+    sets = [path for path in paths if path.is_dir() or path.suffix == ".tar"]
+    if sets:
+        if len(paths) > 1:
+            raise ValueError(
+                f"encode: data: wanted one data set or several image files, got {len(paths)} with {sets[0]}"
+            )
+        if out is None:
+            raise ValueError("encode: out: wanted a folder for the shards (--out FOLDER), got none")
+        encode_data_set(model, sets[0], out, running, shard_size=shard_size)
+        return
     lines, scales = [], list(getattr(model.config, "scales", ()))
     for path, image in tqdm(read_all(paths, model.image_size), desc="encoding", unit="picture"):
         maps = [m[0].flatten().tolist() for m in model.split(model.encode(image))]
@@ -88,6 +103,17 @@ def encode(paths: Sequence[Path], name: str, out: Path | None) -> None:
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n".join(lines) + "\n")
+
+
+def evaluate(data: Path, name: str, out: Path, running: Running, brought: Brought) -> None:
+    """Print the table of measures and write it to evaluation.json and index.html in `out`."""
+    found = evaluate_data_set(open_tokenizer(name), name, data, running, brought)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "evaluation.json", found.text())
+    write_whole(out / "index.html", evaluation_page(found))
+    if found.skipped:
+        print(skipped_sentence(found.skipped), file=sys.stderr)
+    print(f"{found.table()}\npictures and numbers: {out / 'index.html'}")
 
 
 def generate(captions: Sequence[str], run_dir: Path, out: Path, *, seed: int, guidance: float | None) -> None:

@@ -9,7 +9,6 @@ it was made from and is made anew when that has changed.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import time
@@ -24,6 +23,7 @@ from torch import Tensor
 from tokenflow.data import Pictures, fluent_emoji, image_folder
 from tokenflow.data.pictures import skipped_sentence
 from tokenflow.evaluation.tokenizer import codes_of, evaluate, tokens_of
+from tokenflow.files import write_whole
 from tokenflow.generator.figures import figures
 from tokenflow.generator.model import Generator
 from tokenflow.generator.train import features_of, train_generator
@@ -217,6 +217,4 @@ def write_numbers(results: Results) -> None:
         "sampling": results.figures["sampling"],
         "skipped": results.pictures.skipped,
     }
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(values, indent=2) + "\n")

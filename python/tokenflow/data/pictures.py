@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 SIZE = 64
@@ -89,6 +89,23 @@ class Pictures:
         return digest.hexdigest()[:12]
 
 
+def opened(source: Path | bytes) -> Image.Image:
+    """The picture of a path, or of encoded bytes, with its pixels read.
+
+    Raises:
+        OSError: it is broken or of an unknown format.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return image
+    except UnidentifiedImageError:
+        # Pillow's own words name the buffer's address, which differs from run to run.
+        raise OSError("no picture of a known format") from None
+    except (SyntaxError, ValueError, EOFError) as error:
+        raise OSError(f"broken picture: {error}") from error
+
+
 def read_picture(source: Path | bytes, size: int | tuple[int, int] = SIZE) -> Tensor:
     """One image as uint8 [3, h, w]: composited on white, cropped to the shape around its centre, area-averaged down.
 
@@ -99,11 +116,7 @@ def read_picture(source: Path | bytes, size: int | tuple[int, int] = SIZE) -> Te
     Raises:
         OSError: the picture is broken or of an unknown format.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        try:
-            image = image.convert("RGBA")
-        except (SyntaxError, ValueError, EOFError) as error:
-            raise OSError(f"broken picture: {error}") from error
+    image = opened(source).convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(white, image).convert("RGB")
     height, width = (size, size) if isinstance(size, int) else size

@@ -34,5 +34,10 @@ def code_use(indices: Tensor, codes: int) -> tuple[Tensor, float, float]:
         ([2, 2, 0, 0], 0.5, 2.0)
     """
     hits = torch.bincount(indices.flatten(), minlength=codes)
+    return hits, *used(hits)
+
+
+def used(hits: Tensor) -> tuple[float, float]:
+    """Share of the codes that were hit and perplexity exp(H), from hits [K]."""
     p = hits.double() / hits.sum()
-    return hits, float((hits > 0).double().mean()), float(torch.exp(-torch.special.xlogy(p, p).sum()))
+    return float((hits > 0).double().mean()), float(torch.exp(-torch.special.xlogy(p, p).sum()))

@@ -85,12 +85,14 @@ class ImageProcessor:
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.image_mean, self.image_std))
         if len(images) == 0:
             return Batch(pixel_values=torch.zeros(0, 3, *self.size))
-        pixels = torch.stack([self._pixels(_picture(image)) for image in images])
+        pixels = torch.stack([self.pixels(image) for image in images])
         return Batch(pixel_values=(pixels.float() / 255 - mean) / std)
 
     __call__ = preprocess
 
-    def _pixels(self, image: Image.Image) -> Tensor:
+    def pixels(self, image: Any) -> Tensor:
+        """One picture resized and cropped, uint8 [3, H, W], before it is normalised."""
+        image = _picture(image)
         height, width = self.size
         scale = max(height / image.height, width / image.width)
         if scale != 1:

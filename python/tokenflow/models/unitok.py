@@ -244,7 +244,12 @@ class UniTok(Tokenizer):
     @torch.no_grad()
     def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
         """Vectors [B, embed_dim] of images, through their token ids; for training see `forward`."""
-        vectors = self._image_vectors(self.expand(self.features(images)))
+        return self.image_vectors(self.features(images), normalize=normalize)
+
+    @torch.no_grad()
+    def image_vectors(self, codes: Tensor, *, normalize: bool = False) -> Tensor:
+        """Vectors [B, embed_dim] of quantized features [B, code_dim, h, w], as `codes` gives them."""
+        vectors = self._image_vectors(self.expand(codes))
         return F.normalize(vectors, dim=-1) if normalize else vectors
 
     def encode_text(self, ids: Tensor, *, normalize: bool = False) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenflow.files import write_whole
 from tokenflow.report.generated import generator_section
 from tokenflow.report.pixels import sheet
 from tokenflow.report.sections import (
@@ -20,7 +20,7 @@ from tokenflow.report.sections import (
     training_section,
     usage_section,
 )
-from tokenflow.report.style import CSS
+from tokenflow.report.style import document
 
 if TYPE_CHECKING:
     from tokenflow.demo import Results
@@ -47,14 +47,9 @@ def write_page(results: Results) -> Path:
         honesty_section(results),
         "<footer>Made by <code>tokenflow demo</code>. This page needs no network and no scripts.</footer>",
     ]
-    html = (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape('Pictures as tokens: a TokenFlow demo')}</title><style>{CSS}</style></head><body><main>{''.join(body)}</main></body></html>"
-    )
+    html = document("Pictures as tokens: a TokenFlow demo", "".join(body))
     page = out / "index.html"
-    temporary = out / "index.html.part"
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, page)
+    write_whole(page, html)
     write_result(results, out / "result.png")
     return page
 

@@ -1,4 +1,8 @@
-"""The page's style sheet."""
+"""What every page has: its frame and its style sheet."""
+
+from __future__ import annotations
+
+from html import escape
 
 CSS = """
 :root { --ink: #1c1d22; --soft: #62656f; --line: #e3e4e9; --accent: #3457d5; --warm: #b4531a; --card: #fff; --paper: #f6f6f4; }
@@ -55,3 +59,11 @@ li { margin-bottom: 6px; }
 .scroll { overflow-x: auto; margin-bottom: 12px; }
 footer { color: var(--soft); font-size: 13.5px; margin-top: 26px; }
 """
+
+
+def document(title: str, body: str, *, css: str = "") -> str:
+    """A whole page around `body`; `css` comes behind the style sheet."""
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{escape(title)}</title><style>{CSS}{css}</style></head><body><main>{body}</main></body></html>"
+    )
