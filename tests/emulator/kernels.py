@@ -124,7 +124,7 @@ def some(calls: list[Call], each: int) -> list[Call]:
     return chosen
 
 
-def noticed(program: Path, calls: list[Call], **schedule) -> str:
+def noticed(program: Path, calls: list[Call], *, compare=differences, **schedule) -> str:
     """What is wrong about a run: an error, a sanitizer's finding, other results than expected; "" where nothing is."""
     try:
         ran, made = replay(program, calls, **schedule)
@@ -134,7 +134,7 @@ def noticed(program: Path, calls: list[Call], **schedule) -> str:
         found = re.search(r"^.*(ThreadSanitizer:|AddressSanitizer:|runtime error:|replay: ).*$", ran.text, re.MULTILINE)
         lines = sorted(f"{file}:{line}" for file, line in places(program, ran.text) if file.endswith((".cu", ".cuh")))
         return " ".join([found[0].strip() if found else f"ended with {ran.code}", *lines])
-    return next(iter(differences(calls, made)), "")
+    return next(iter(compare(calls, made)), "")
 
 
 def noticed_by_parts(program: Path, calls: list[Call], **schedule) -> str:

@@ -94,7 +94,7 @@ def run(program: Path, *arguments: str, schedule: str = "forward", seed: int = 1
     }
     command = [str(program), *arguments]
     for prefix in ([], ["setarch", "-R"]):
-        done = subprocess.run([*prefix, *command], env=environment, capture_output=True, text=True, timeout=1500)
+        done = subprocess.run([*prefix, *command], env=environment, capture_output=True, text=True, timeout=900)
         if "unexpected memory mapping" not in done.stderr:  # ThreadSanitizer, where addresses are too random for it
             break
     return Ran(done.returncode, done.stdout + done.stderr)
