@@ -246,6 +246,40 @@ def test_saved_and_loaded(name, tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("config.json", b"{", "wanted JSON in .*config.json"),
+    ("config.json", b"[]", "got another in"),
+    ("config.json", b'{"model": ["vqvae"]}', "got another in"),
+    ("config.json", b'{"model": "vqvae", "dim": {"a": 1}}', "dim: wanted a plain value"),
+    ("config.json", b'{"model": "vqvae", "image_size": 32, "scales": [2], "widths": [8, 16]}', "describes, got .*Missing key"),
+    ("model.safetensors", b"", "got .*header too small"),
+    ("model.safetensors", None, "got .*not fully covered"),
+])  # fmt: skip
+def test_a_broken_folder_is_a_sentence(name, content, words, tmp_path):
+    VQVAE(VQVAE.config_type(image_size=32, scales=(1, 2), dim=4, codebook_size=8, widths=(8, 8))).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9] if content is None else content)
+    with pytest.raises(ValueError, match=f"from_pretrained: .*{words}") as caught:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saving_that_dies_leaves_the_model_that_was_there(tmp_path, monkeypatch):
+    model = VQVAE(VQVAE.config_type(image_size=32, scales=(1, 2), dim=4, codebook_size=8, widths=(8, 8)))
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def dying(tensors, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenflow.models.tokenizer.save_file", dying)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
 def test_sizes_that_cannot_be_are_told_when_the_model_is_made():
     for changes, words in (
         ({"scales": (1, 5)}, "TokenFlow: scales: wanted sides of 1 to 4 x 4 cells"),

@@ -151,6 +151,11 @@ def test_other_content_is_a_sentence(tmp_path):
         with pytest.raises(ValueError, match=words) as caught:
             Tokenizer.from_checkpoint(path)
         assert one_sentence(caught)
+    torch.save({"model": {**small_file("var_vqvae"), "quantize.embedding.weight": torch.zeros(3)}}, path)
+    with pytest.raises(ValueError, match="of a VQVAE, got .* with tensors of other shapes") as caught:
+        VQVAE.from_checkpoint(path)
+    assert one_sentence(caught)
+    torch.save({"model": {"a": torch.zeros(1)}}, path)
     with pytest.raises(ValueError, match="without quantize.embedding.weight"):
         VQVAE.from_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="no.pt"):

@@ -24,7 +24,7 @@ from tokenflow.models import checkpoint, unitok_checkpoint
 from tokenflow.models.precision import full
 from tokenflow.models.projection import AttnProjection
 from tokenflow.models.text import TextTower
-from tokenflow.models.tokenizer import Tokenizer
+from tokenflow.models.tokenizer import Tokenizer, check_floating
 from tokenflow.models.vitamin import EPS, PATCH, ViTamin, ViTaminDecoder
 from tokenflow_ext.quantize import VectorQuantizer
 
@@ -101,7 +101,7 @@ class UniTok(Tokenizer):
     kind = "unitok"
     config_type = Config
     presets = PRESETS
-    places = ("trainer.unitok", "unitok", "model", "state_dict")
+    places = ("trainer.unitok", "unitok", "ema", "model", "state_dict")
     assumed = ("image_size", "heads", "projection_heads", "projection_causal", "text_heads")
 
     def __init__(self, config: Config) -> None:
@@ -278,8 +278,7 @@ class UniTok(Tokenizer):
             TypeError: images are not floating point.
             ValueError: another shape, or sides that are no multiples of 16.
         """
-        if not images.is_floating_point():
-            raise TypeError(f"encode: images: wanted floating point values in [-1, 1], got {images.dtype}")
+        check_floating(images)
         if images.dim() != 4 or images.shape[1] != 3 or any(side < PATCH or side % PATCH for side in images.shape[2:]):
             raise ValueError(
                 f"encode: images: wanted [B, 3, H, W] with sides that are multiples of {PATCH}, got {list(images.shape)}"
