@@ -68,14 +68,27 @@ def read_all(paths: Sequence[Path], size: tuple[int, int]) -> list[tuple[Path, T
 
 
 def reconstruct(paths: Sequence[Path], name: str, out: Path) -> None:
-    """Write original and reconstruction side by side, and print PSNR and token count of each."""
+    """Write original and reconstruction side by side, and print PSNR and token count of each.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: none is readable, or two results or a picture and a result would be one file.
+    """
+    targets = {path: out / f"{path.stem}.png" for path in paths}
+    taken = {path.resolve(): path for path in paths}
+    for path, target in targets.items():
+        other = taken.setdefault(target.resolve(), path)
+        if other is not path or target.resolve() == path.resolve():
+            raise ValueError(
+                f"reconstruct: out: wanted a file of its own for {path}, got {target}, which is that of {other}"
+            )
     model = open_tokenizer(name)
     pictures = read_all(paths, model.image_size)
     out.mkdir(parents=True, exist_ok=True)
     for path, image in tqdm(pictures, desc="reconstructing", unit="picture"):
         indices = model.encode(image)
         decoded = model.decode(indices)
-        target = out / f"{path.stem}.png"
+        target = targets[path]
         pil_image(torch.cat([image[0], decoded[0]], dim=2)).save(target)
         tqdm.write(f"{target}: {indices.shape[-1]} tokens, {psnr(decoded, image).item():.2f} dB")
 
@@ -102,13 +115,14 @@ def encode(paths: Sequence[Path], name: str, out: Path | None, running: Running,
         print("\n".join(lines))
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(lines) + "\n")
+        write_whole(out, "\n".join(lines) + "\n")
 
 
 def evaluate(data: Path, name: str, out: Path, running: Running, brought: Brought) -> None:
     """Print the table of measures and write it to evaluation.json and index.html in `out`."""
-    found = evaluate_data_set(open_tokenizer(name), name, data, running, brought)
-    out.mkdir(parents=True, exist_ok=True)
+    model = open_tokenizer(name)
+    out.mkdir(parents=True, exist_ok=True)  # before the work of hours, not after it
+    found = evaluate_data_set(model, name, data, running, brought)
     write_whole(out / "evaluation.json", found.text())
     write_whole(out / "index.html", evaluation_page(found))
     if found.skipped:

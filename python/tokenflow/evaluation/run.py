@@ -163,6 +163,8 @@ def meters(
             names = read_columns(brought.classes, "class", "name") if brought.classes else {}
             words = TextTokenizer(brought.words, model.config.context)
             found.append(WordsMeter(model, words, entries, names, brought.templates))
+    elif brought.words is not None:
+        missing.append(f"zero-shot and retrieval: a {type(model).__name__} has no text tower")
     return found, missing
 
 
