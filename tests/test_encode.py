@@ -9,11 +9,13 @@ import tarfile
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from drawn import drawn_folder, drawn_tar
 from PIL import Image
 from tokenflow import encoding
 from tokenflow.cli import main
+from tokenflow.commands import read_each
 from tokenflow.data.entries import data_set
 from tokenflow.data.loading import Crop, Loaded, as_float, loaded
 from tokenflow.data.pictures import read_picture
@@ -342,6 +344,35 @@ def test_reconstructions_replace_no_picture_and_no_other(saved, tmp_path, capsys
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
     main(["reconstruct", str(tmp_path / "b" / "c.jpg"), "--model", saved, "--out", str(tmp_path / "b")])
     assert (tmp_path / "b" / "c.png").is_file()
+
+
+def test_a_broken_shard_of_tokens_is_a_sentence_and_can_be_written_again(pictures, saved, tmp_path, capsys):
+    command = ["encode", str(pictures), "--model", saved, "--out", str(tmp_path), "--shard-size", "7"]
+    main(command)
+    shard = next(iter(sorted(tmp_path.glob("tokens-*"))))
+    good = shard.read_bytes()
+    for broken in (good[:-5], b"", safetensors.torch.save({"indices": torch.zeros(1)})):
+        shard.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"wanted a shard that tokenflow encode wrote, got {shard}"):
+            list(read_tokens(tmp_path))
+        with pytest.raises(SystemExit):
+            main(command)
+        assert str(shard) in capsys.readouterr().err
+    shard.unlink()
+    main(command)
+    assert shard.read_bytes() == good
+
+
+def test_pictures_are_read_one_by_one(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path in paths:
+        Image.new("RGB", (9, 9), "red").save(path)
+    paths[2].write_bytes(b"torn")
+    pictures = read_each(paths, (8, 8))
+    assert next(pictures)[0] == paths[0]
+    paths[1].write_bytes(b"torn by now")
+    assert [path for path, _ in pictures] == [paths[3]]
+    assert "2 pictures were skipped" in capsys.readouterr().err
 
 
 def test_tar_members_that_are_no_files_are_left_out(tmp_path):

@@ -3,7 +3,9 @@
 import doctest
 import importlib
 import json
+import os
 import pkgutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -44,6 +46,20 @@ def images_of(model, batch=2):
 def test_examples(name):
     module = importlib.import_module(f"tokenflow.models.{name}")
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
+
+
+def test_models_are_found_in_the_package_itself():
+    for name in tokenflow.__all__:
+        assert getattr(tokenflow, name) is getattr(tokenflow.models, name)
+    assert sorted(tokenflow.__all__) == sorted(tokenflow.models.__all__)
+    with pytest.raises(AttributeError, match="VAR is not written yet"):
+        _ = tokenflow.VAR
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = tokenflow.other
+    alone = "import sys, tokenflow; assert 'torch' not in sys.modules; from tokenflow import UniTok; UniTok.presets"
+    subprocess.run(
+        [sys.executable, "-c", alone], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 def transformers_tower(name):
@@ -281,6 +297,10 @@ def test_a_saving_that_dies_leaves_the_model_that_was_there(tmp_path, monkeypatc
 
 
 def test_sizes_that_cannot_be_are_told_when_the_model_is_made():
+    tiny = TokenFlow.from_preset("tokenflow-tiny")
+    for scales, words in (((), "a list of at least one"), (16, "a list of at least one"), ((True, 16), "an integer")):
+        with pytest.raises(ValueError, match=f"TokenFlow: scales: wanted {words}"):
+            tiny.resize(64, scales=scales)
     for changes, words in (
         ({"scales": (1, 5)}, "TokenFlow: scales: wanted sides of 1 to 4 x 4 cells"),
         ({"image_size": 3}, "TokenFlow: image_size: wanted at least 4 x 4"),
