@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow.models import checkpoint, unitok_checkpoint
-from tokenflow.models.precision import full
+from tokenflow.models.precision import full, without_autocast
 from tokenflow.models.projection import AttnProjection
 from tokenflow.models.text import TextTower
 from tokenflow.models.tokenizer import Tokenizer, check_floating
@@ -165,7 +165,7 @@ class UniTok(Tokenizer):
             ValueError: another shape, or sides that are no multiples of 16.
         """
         tokens = self.encoder(self.checked(images))
-        with torch.autocast(images.device.type, enabled=False):  # rounded just before the codes, they would be others
+        with without_autocast(images):  # rounded just before the codes, they would be others
             features = self.quant_proj(tokens.to(self.dtype))
         return features.transpose(1, 2).unflatten(2, grid_of(images))
 
