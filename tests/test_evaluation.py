@@ -75,6 +75,9 @@ def test_ssim_of_flat_pictures_and_of_none():
     for bad in (torch.zeros(1, 3, 6, 8), torch.zeros(1, 3, 9, 8), torch.zeros(3, 8, 8)):
         with pytest.raises(ValueError, match="ssim: images: wanted"):
             ssim(bad, flat)
+    for bad in (flat[0], flat.expand(2, -1, -1, -1)):  # which would be compared by broadcasting
+        with pytest.raises(ValueError, match="psnr: images: wanted two"):
+            psnr(bad, flat)
 
 
 def test_frechet_is_its_formula():
