@@ -207,6 +207,13 @@ def test_shapes_and_grids(changes):
     assert torch.allclose(unit.norm(dim=-1), torch.ones(3))
 
 
+def test_a_model_of_oblong_images_decodes_to_their_grid():
+    """2 x 8 tokens are as many as 4 x 4."""
+    model, x = small(image_size=(32, 128)), images(1, 3, 32, 128)
+    assert torch.equal(model.decode(model.encode(x)), model.reconstruct(x)) and model.reconstruct(x).shape == x.shape
+    assert model.decode(torch.zeros(1, 4, 9, dtype=torch.int64)).shape == (1, 3, 48, 48)
+
+
 def test_tokens_land_on_their_grid():
     model, x = small(projection="linear"), images(1, 3, 32, 128)
     features, tokens = model.encode_features(x), model.encoder(x)

@@ -207,8 +207,8 @@ class UniTok(Tokenizer):
         if indices.dim() != 3 or indices.shape[1] != groups:
             raise ValueError(f"decode: indices: wanted [B, {groups}, L], got {list(indices.shape)}")
         length = indices.shape[2]
-        side = math.isqrt(length)
-        height, width = (side, side) if grid is None else grid
+        side, own = math.isqrt(length), tuple(side // PATCH for side in self.image_size)
+        height, width = grid or (own if math.prod(own) == length else (side, side))
         if not all(isinstance(n, int) and n > 0 for n in (height, width)) or height * width != length:
             raise ValueError(f"decode: grid: wanted (h, w) with h * w = {length}, got {grid}")
         ids = indices.transpose(1, 2).unflatten(1, (height, width))
@@ -224,7 +224,7 @@ class UniTok(Tokenizer):
 
         Args:
             indices: as `encode` gives them.
-            grid: (h, w) with h * w = L; a square by default.
+            grid: (h, w) with h * w = L; by default that of `config.image_size` where it fits, else a square.
 
         Raises:
             ValueError: another shape, ids that are no codes, or a grid that does not fit.
