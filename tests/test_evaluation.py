@@ -9,6 +9,7 @@ import inception_weights
 import pytest
 import torch
 from drawn import drawn_folder
+from PIL import Image
 from safetensors.torch import save_file
 from tokenflow.cli import main
 from tokenflow.data.entries import Entry, data_set
@@ -404,6 +405,20 @@ def test_bfloat16_networks(kind, files, pictures, models):
     assert [m.name for m in found.measures] == [m.name for m in full.measures]
     a, b = (e.measures[0].value for e in (found, full))
     assert a != b and a == pytest.approx(b, abs=1.0)
+
+
+def test_what_could_not_be_measured_after_all_is_said(files, models, monkeypatch):
+    """One readable picture, the probe's torn, no captions: known only when everything has been read."""
+    monkeypatch.setattr(run, "TextTokenizer", lambda path, context: words)
+    for group in ("a", "b"):
+        for i in range(4):
+            (files / group).mkdir(exist_ok=True)
+            (files / group / f"{i}.png").write_bytes(b"torn")
+    Image.new("RGB", (9, 9), "red").save(files / "whole.png")
+    found = evaluate_data_set(models["unitok"], "m", files, Running(), Brought(words=files, probe=4))
+    assert {m.name for m in found.measures} >= {"PSNR", "codebook use"}
+    for name in ("KID on EfficientNet-Lite0", "linear probe", "zero-shot and retrieval"):
+        assert f"{name}: too few readable pictures, or without classes or captions" in found.missing
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [

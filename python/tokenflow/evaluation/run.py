@@ -219,7 +219,12 @@ def evaluate_data_set(model: Tokenizer, name: str, data: Path, running: Running,
         "reference": "the same pictures cropped",
         "type": f"{running.dtype} networks, float32 quantizer",
     }
-    measures = [measure for meter in taken for measure in meter.measures()]
+    measures = []
+    for meter in taken:
+        numbers = meter.measures()
+        measures += numbers
+        if not numbers:
+            missing.append(f"{meter.name}: too few readable pictures, or without classes or captions")
     conditions = {
         "torch": torch.__version__,
         "device": str(next(model.parameters()).device),
