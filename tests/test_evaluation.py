@@ -429,6 +429,7 @@ def test_what_could_not_be_measured_after_all_is_said(files, models, monkeypatch
     (["{files}"], "wanted at least one readable picture, got none"),
     (["{pictures}", "--batch", "0"], "batch: wanted at least 1, got 0"),
     (["{pictures}", "--templates"], "evaluate: templates: wanted at least one, got none"),
+    (["{pictures}", "--templates", "a photo"], "evaluate: templates: wanted {} for the class in each, got 'a photo'"),
     (["{pictures}", "--out", "{files}/config.json"], "config.json: File exists"),
     (["{pictures}", "--device", "moon"], "device: wanted one that this machine has, got moon"),
 ])  # fmt: skip

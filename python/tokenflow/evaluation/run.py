@@ -65,6 +65,9 @@ class Brought:
                 raise ValueError(f"evaluate: {name}: wanted at least {least}, got {value}")
         if not self.templates:
             raise ValueError("evaluate: templates: wanted at least one, got none")
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"evaluate: templates: wanted {{}} for the class in each, got {template!r}")
 
 
 @dataclass
