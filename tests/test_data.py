@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from tokenflow.data import Pictures, emoji, fluent_emoji, image_folder
 from tokenflow.data.entries import caption_of
 from tokenflow.data.pictures import hide_pairs, read_picture, split_by_base
 from tokenflow.errors import Missing
+from tokenflow.models import ImageProcessor
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
 
@@ -37,6 +39,21 @@ def test_read_picture_composites_on_white_and_cuts_the_centre_square():
     buffer = io.BytesIO()
     wide.save(buffer, "PNG")
     assert (read_picture(buffer.getvalue(), 20) == 255).all()
+
+
+def test_sixteen_bits_of_grey_become_eight():
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, "PNG")
+    read = read_picture(content.getvalue(), 16)
+    assert torch.equal(read, torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16))
+    assert torch.equal(ImageProcessor(16).pixels(Image.open(content)), read)
+
+
+def test_a_picture_too_large_to_be_true_is_an_os_error(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match="broken picture: Image size .1600 pixels."):
+        read_picture(encoded((1, 2, 3)))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", encoded((1, 2, 3))[:60], b"GIF89a\x00"])
@@ -72,6 +89,7 @@ def test_folder_captions_from_csv_and_groups_from_sub_folders(tmp_path):
     (lambda p: (p / "file.txt").write_text("x") and p / "file.txt", ValueError, "got the file"),
     (lambda p: make_folder(p / "few", 3), ValueError, "at least 32 readable pictures, got 3"),
     (lambda p: (make_folder(p / "csv") / "captions.csv").write_text("name,text\n") and p / "csv", ValueError, "columns file and caption, got name, text"),
+    (lambda p: (make_folder(p / "csv") / "captions.csv").write_bytes(b"file,caption\na,\xe9\n") and p / "csv", ValueError, "captions.csv: wanted a CSV file in UTF-8"),
 ])  # fmt: skip
 def test_a_bad_folder_is_one_sentence(tmp_path, make, kind, words):
     with pytest.raises(kind, match=words) as caught:

@@ -9,10 +9,13 @@ import tarfile
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from drawn import drawn_folder, drawn_tar
+from PIL import Image
 from tokenflow import encoding
 from tokenflow.cli import main
+from tokenflow.commands import read_each
 from tokenflow.data.entries import data_set
 from tokenflow.data.loading import Crop, Loaded, as_float, loaded
 from tokenflow.data.pictures import read_picture
@@ -303,6 +306,9 @@ def test_grouped_ids_keep_their_shape(pictures, tmp_path):
     (lambda d: [d], "wanted a folder for the shards"),
     (lambda d: [f"{d}/empty", "--out", "x"], "wanted at least one picture, got none"),
     (lambda d: [f"{d}/broken", "--out", "x"], "wanted at least one readable picture, got none"),
+    (lambda d: [f"{d}.tar", "--out", "x"], "got none in {d}.tar (data.tar: broken behind 0 pictures"),
+    (lambda d: [d, "--out", f"{d}.tar"], "{d}.tar: File exists"),
+    (lambda d: [f"{d}/red.png", "--out", d], "tokenflow: {d}"),
     (lambda d: [d, "--out", "x", "--shard-size", "0"], "shard_size: wanted at least 1, got 0"),
     (lambda d: [d, "--out", "x", "--batch", "0"], "batch: wanted at least 1, got 0"),
     (lambda d: [d, "--out", "x", "--workers", "-1"], "workers: wanted at least 0, got -1"),
@@ -312,9 +318,61 @@ def test_what_the_user_can_mend_is_one_sentence(arguments, words, saved, tmp_pat
     (tmp_path / "data" / "empty").mkdir(parents=True)
     (tmp_path / "data" / "broken").mkdir()
     (tmp_path / "data" / "broken" / "torn.png").write_bytes(b"\x89PNG nothing")
+    (tmp_path / "data.tar").write_bytes(b"no tar at all" * 99)
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "data" / "red.png")
+    folder = str(tmp_path / "data")
     with pytest.raises(SystemExit) as caught:
-        main(["encode", *arguments(str(tmp_path / "data")), "--model", saved])
-    assert caught.value.code == 1 and words in capsys.readouterr().err
+        main(["encode", *arguments(folder), "--model", saved])
+    assert caught.value.code == 1 and words.replace("{d}", folder) in capsys.readouterr().err
+
+
+def test_reconstructions_replace_no_picture_and_no_other(saved, tmp_path, capsys):
+    for name in ("a.png", "b/a.png", "b/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), "red").save(tmp_path / name)
+    for pictures, out in (
+        (["a.png"], "."),
+        (["a.png", "b/a.png"], "out"),
+        (["b/a.png", "a.png"], "b"),
+    ):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        with pytest.raises(SystemExit) as caught:
+            main(
+                ["reconstruct", *(str(tmp_path / p) for p in pictures), "--model", saved, "--out", str(tmp_path / out)]
+            )
+        assert caught.value.code == 1 and "wanted a file of its own for" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    main(["reconstruct", str(tmp_path / "b" / "c.jpg"), "--model", saved, "--out", str(tmp_path / "b")])
+    assert (tmp_path / "b" / "c.png").is_file()
+
+
+def test_a_broken_shard_of_tokens_is_a_sentence_and_can_be_written_again(pictures, saved, tmp_path, capsys):
+    command = ["encode", str(pictures), "--model", saved, "--out", str(tmp_path), "--shard-size", "7"]
+    main(command)
+    shard = next(iter(sorted(tmp_path.glob("tokens-*"))))
+    good = shard.read_bytes()
+    for broken in (good[:-5], b"", safetensors.torch.save({"indices": torch.zeros(1)})):
+        shard.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"wanted a shard that tokenflow encode wrote, got {shard}"):
+            list(read_tokens(tmp_path))
+        with pytest.raises(SystemExit):
+            main(command)
+        assert str(shard) in capsys.readouterr().err
+    shard.unlink()
+    main(command)
+    assert shard.read_bytes() == good
+
+
+def test_pictures_are_read_one_by_one(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path in paths:
+        Image.new("RGB", (9, 9), "red").save(path)
+    paths[2].write_bytes(b"torn")
+    pictures = read_each(paths, (8, 8))
+    assert next(pictures)[0] == paths[0]
+    paths[1].write_bytes(b"torn by now")
+    assert [path for path, _ in pictures] == [paths[3]]
+    assert "2 pictures were skipped" in capsys.readouterr().err
 
 
 def test_tar_members_that_are_no_files_are_left_out(tmp_path):

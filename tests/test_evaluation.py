@@ -9,6 +9,7 @@ import inception_weights
 import pytest
 import torch
 from drawn import drawn_folder
+from PIL import Image
 from safetensors.torch import save_file
 from tokenflow.cli import main
 from tokenflow.data.entries import Entry, data_set
@@ -75,6 +76,9 @@ def test_ssim_of_flat_pictures_and_of_none():
     for bad in (torch.zeros(1, 3, 6, 8), torch.zeros(1, 3, 9, 8), torch.zeros(3, 8, 8)):
         with pytest.raises(ValueError, match="ssim: images: wanted"):
             ssim(bad, flat)
+    for bad in (flat[0], flat.expand(2, -1, -1, -1)):  # which would be compared by broadcasting
+        with pytest.raises(ValueError, match="psnr: images: wanted two"):
+            psnr(bad, flat)
 
 
 def test_frechet_is_its_formula():
@@ -386,6 +390,7 @@ def test_every_kind_of_tokenizer_can_be_evaluated(kind, files, pictures, models,
     found = evaluate_data_set(models[kind], "m", pictures, Running(batch=16, resize="bicubic"), brought)
     names = {m.name for m in found.measures}
     assert ("zero-shot accuracy" in names) == (kind == "unitok") == ("linear probe, image vector" in names)
+    assert ("zero-shot and retrieval: a VQVAE has no text tower" in found.missing) == (kind == "vqvae")
     assert {"PSNR", "linear probe, codes, 8 x 8", "perplexity"} <= names and "bicubic" in found.common()
     assert evaluation_page(found).endswith("</html>") and all(m.value == m.value for m in found.measures)
 
@@ -402,6 +407,20 @@ def test_bfloat16_networks(kind, files, pictures, models):
     assert a != b and a == pytest.approx(b, abs=1.0)
 
 
+def test_what_could_not_be_measured_after_all_is_said(files, models, monkeypatch):
+    """One readable picture, the probe's torn, no captions: known only when everything has been read."""
+    monkeypatch.setattr(run, "TextTokenizer", lambda path, context: words)
+    for group in ("a", "b"):
+        for i in range(4):
+            (files / group).mkdir(exist_ok=True)
+            (files / group / f"{i}.png").write_bytes(b"torn")
+    Image.new("RGB", (9, 9), "red").save(files / "whole.png")
+    found = evaluate_data_set(models["unitok"], "m", files, Running(), Brought(words=files, probe=4))
+    assert {m.name for m in found.measures} >= {"PSNR", "codebook use"}
+    for name in ("KID on EfficientNet-Lite0", "linear probe", "zero-shot and retrieval"):
+        assert f"{name}: too few readable pictures, or without classes or captions" in found.missing
+
+
 @pytest.mark.parametrize(("arguments", "wanted"), [
     (["absent"], "absent, which does not exist"),
     (["{pictures}", "--limit", "1"], "evaluate: limit: wanted at least 2, got 1"),
@@ -410,11 +429,15 @@ def test_bfloat16_networks(kind, files, pictures, models):
     (["{files}"], "wanted at least one readable picture, got none"),
     (["{pictures}", "--batch", "0"], "batch: wanted at least 1, got 0"),
     (["{pictures}", "--templates"], "evaluate: templates: wanted at least one, got none"),
+    (["{pictures}", "--templates", "a photo"], "evaluate: templates: wanted {} for the class in each, got 'a photo'"),
+    (["{pictures}", "--out", "{files}/config.json"], "config.json: File exists"),
     (["{pictures}", "--device", "moon"], "device: wanted one that this machine has, got moon"),
 ])  # fmt: skip
 def test_what_the_user_can_mend_is_one_sentence(arguments, wanted, files, pictures, capsys):
     arguments = [a.format(pictures=pictures, files=files / "model") for a in arguments]
+    out = [] if "--out" in arguments else ["--out", str(files / "out")]
     with pytest.raises(SystemExit) as caught:
-        main(["evaluate", *arguments, "--model", str(files / "model"), "--out", str(files / "out")])
+        main(["evaluate", *arguments, "--model", str(files / "model"), *out])
     said = capsys.readouterr().err.strip().splitlines()
+    assert wanted.endswith("got none") or len(said) == 1  # nothing was evaluated first
     assert caught.value.code == 1 and wanted in said[-1] and said[-1].startswith("tokenflow: ")

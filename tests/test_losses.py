@@ -473,6 +473,10 @@ def test_bad_arguments_are_sentences(batch):
     assert_sentence(ValueError, "Weights", "kind", Weights, kind="hinges")
     assert_sentence(ValueError, "Weights.unitok", "steps_per_epoch", Weights.unitok, 0)
     assert_sentence(ValueError, "Objective", "perceptual", Objective, Weights())
+    assert_sentence(ValueError, "Objective", "distillation", Objective, Weights(perceptual=0.0), distillation="l3")
+    assert_sentence(ValueError, "Weights", "cutout", Weights, cutout=1.5)
+    for limits in ((1.0, 0.5), (-1.0, 1.0), (math.nan, 1.0)):
+        assert_sentence(ValueError, "Weights", "adaptive", Weights, adaptive=limits)
     objective = Objective(Weights(perceptual=0.0, adversarial=1.0, adaptive=(0.0, 1.0)))
     assert_sentence(ValueError, "Objective", "discriminator", objective.generator, 0, x, batch.out)
     assert_sentence(

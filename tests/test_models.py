@@ -3,7 +3,9 @@
 import doctest
 import importlib
 import json
+import os
 import pkgutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -44,6 +46,20 @@ def images_of(model, batch=2):
 def test_examples(name):
     module = importlib.import_module(f"tokenflow.models.{name}")
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
+
+
+def test_models_are_found_in_the_package_itself():
+    for name in tokenflow.__all__:
+        assert getattr(tokenflow, name) is getattr(tokenflow.models, name)
+    assert sorted(tokenflow.__all__) == sorted(tokenflow.models.__all__)
+    with pytest.raises(AttributeError, match="VAR is not written yet"):
+        _ = tokenflow.VAR
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = tokenflow.other
+    alone = "import sys, tokenflow; assert 'torch' not in sys.modules; from tokenflow import UniTok; UniTok.presets"
+    subprocess.run(
+        [sys.executable, "-c", alone], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 def transformers_tower(name):
@@ -246,7 +262,45 @@ def test_saved_and_loaded(name, tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("config.json", b"{", "wanted JSON in .*config.json"),
+    ("config.json", b"[]", "got another in"),
+    ("config.json", b'{"model": ["vqvae"]}', "got another in"),
+    ("config.json", b'{"model": "vqvae", "dim": {"a": 1}}', "dim: wanted a plain value"),
+    ("config.json", b'{"model": "vqvae", "image_size": 32, "scales": [2], "widths": [8, 16]}', "describes, got .*Missing key"),
+    ("model.safetensors", b"", "got .*header too small"),
+    ("model.safetensors", None, "got .*not fully covered"),
+])  # fmt: skip
+def test_a_broken_folder_is_a_sentence(name, content, words, tmp_path):
+    VQVAE(VQVAE.config_type(image_size=32, scales=(1, 2), dim=4, codebook_size=8, widths=(8, 8))).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9] if content is None else content)
+    with pytest.raises(ValueError, match=f"from_pretrained: .*{words}") as caught:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saving_that_dies_leaves_the_model_that_was_there(tmp_path, monkeypatch):
+    model = VQVAE(VQVAE.config_type(image_size=32, scales=(1, 2), dim=4, codebook_size=8, widths=(8, 8)))
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def dying(tensors, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenflow.models.tokenizer.save_file", dying)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
 def test_sizes_that_cannot_be_are_told_when_the_model_is_made():
+    tiny = TokenFlow.from_preset("tokenflow-tiny")
+    for scales, words in (((), "a list of at least one"), (16, "a list of at least one"), ((True, 16), "an integer")):
+        with pytest.raises(ValueError, match=f"TokenFlow: scales: wanted {words}"):
+            tiny.resize(64, scales=scales)
     for changes, words in (
         ({"scales": (1, 5)}, "TokenFlow: scales: wanted sides of 1 to 4 x 4 cells"),
         ({"image_size": 3}, "TokenFlow: image_size: wanted at least 4 x 4"),

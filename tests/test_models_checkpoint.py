@@ -127,6 +127,34 @@ def test_a_hostile_pickle_is_refused_and_does_nothing(zipped, place, tmp_path):
     assert made.exists(), "the attack itself works"
 
 
+class Number:
+    """A numpy scalar whose dtype carries flags of the file's choosing."""
+
+    def __init__(self, flags, content):
+        self.flags, self.content = flags, content
+
+    def __reduce__(self):
+        return np._core.multiarray.scalar, (Type(self.flags), self.content)
+
+
+class Type:
+    def __init__(self, flags):
+        self.flags = flags
+
+    def __reduce__(self):
+        return np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, self.flags)
+
+
+@pytest.mark.parametrize("flags", [0, 2, 4])
+def test_a_number_is_its_bytes_whatever_its_dtype_says(flags, tmp_path):
+    """Flag 4 has numpy's own reader take the address of the bytes for the number."""
+    torch.save({"loss": Number(flags, np.float64(1.5).tobytes())}, tmp_path / "x.pt")
+    assert checkpoint._load(tmp_path / "x.pt")["loss"] == 1.5
+    torch.save({"loss": Number(flags, b"short")}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="from_checkpoint: path: wanted"):
+        checkpoint._load(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize(("content", "words"), [
     (b"", "wanted a weight file"),
     (b"not a pickle at all", "got"),
@@ -151,6 +179,11 @@ def test_other_content_is_a_sentence(tmp_path):
         with pytest.raises(ValueError, match=words) as caught:
             Tokenizer.from_checkpoint(path)
         assert one_sentence(caught)
+    torch.save({"model": {**small_file("var_vqvae"), "quantize.embedding.weight": torch.zeros(3)}}, path)
+    with pytest.raises(ValueError, match="of a VQVAE, got .* with tensors of other shapes") as caught:
+        VQVAE.from_checkpoint(path)
+    assert one_sentence(caught)
+    torch.save({"model": {"a": torch.zeros(1)}}, path)
     with pytest.raises(ValueError, match="without quantize.embedding.weight"):
         VQVAE.from_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="no.pt"):

@@ -149,6 +149,11 @@ def test_released_file(tmp_path, capsys, changes):
     assert not loaded.training and torch.equal(loaded.reconstruct(x), model.reconstruct(x))
     assert torch.equal(loaded.encode_image(x), model.encode_image(x))
     assert type(Tokenizer.from_checkpoint(tmp_path / "unitok.pth", quiet=True)) is UniTok
+    for place in ("ema", "model", "state_dict"):
+        torch.save({place: released(model), "steps": 3}, tmp_path / "other.pth")
+        assert UniTok.from_checkpoint(tmp_path / "other.pth", quiet=True).config == loaded.config.__class__(
+            **{**vars(loaded.config), "image_size": 256, "heads": 1, "projection_heads": 2, "text_heads": 1}
+        )
     other = UniTok.from_checkpoint(tmp_path / "unitok.pth", heads=1, quiet=True)
     assert not torch.allclose(other.encode_features(x), model.encode_features(x))
     with pytest.raises(TypeError, match="head_count: wanted a field of Config"):
@@ -200,6 +205,13 @@ def test_shapes_and_grids(changes):
         assert model.features(x).shape == (batch, 8, *grid) and model.encode_image(x).shape == (batch, 12)
     unit = model.encode_image(images(3, 3, 32, 32), normalize=True)
     assert torch.allclose(unit.norm(dim=-1), torch.ones(3))
+
+
+def test_a_model_of_oblong_images_decodes_to_their_grid():
+    """2 x 8 tokens are as many as 4 x 4."""
+    model, x = small(image_size=(32, 128)), images(1, 3, 32, 128)
+    assert torch.equal(model.decode(model.encode(x)), model.reconstruct(x)) and model.reconstruct(x).shape == x.shape
+    assert model.decode(torch.zeros(1, 4, 9, dtype=torch.int64)).shape == (1, 3, 48, 48)
 
 
 def test_tokens_land_on_their_grid():
@@ -369,6 +381,7 @@ def test_starting_from_a_clip():
     (lambda m: m.encode(torch.zeros(3, 32, 32)), ValueError, "wanted"),
     (lambda m: m.encode(torch.zeros(1, 3, 0, 16)), ValueError, "wanted"),
     (lambda m: m.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), TypeError, "got torch.uint8"),
+    (lambda m: m.encode(torch.zeros(1, 3, 32, 32).numpy()), TypeError, "got ndarray"),
     (lambda m: m.decode(torch.zeros(1, 3, 4, dtype=torch.int64)), ValueError, r"wanted \[B, 4, L\], got \[1, 3, 4\]"),
     (lambda m: m.decode(torch.zeros(1, 4, 6, dtype=torch.int64)), ValueError, r"h \* w = 6, got None"),
     (lambda m: m.decode(torch.zeros(1, 4, 6, dtype=torch.int64), (2, 2)), ValueError, r"h \* w = 6, got \(2, 2\)"),

@@ -1,3 +1,16 @@
 """tokenflow: a tokenizer for images with a semantic and a pixel codebook under one index, and what trains and uses it."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["VQVAE", "ImageProcessor", "TokenFlow", "Tokenizer", "UniTok"]
+
+
+def __getattr__(name: str) -> Any:
+    """The models, imported when they are first asked for: the command line sets threads before torch starts."""
+    if name in __all__:
+        return getattr(importlib.import_module("tokenflow.models"), name)
+    if name == "VAR":
+        raise AttributeError("tokenflow.VAR is not written yet; its tokenizer is tokenflow.VQVAE")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -200,8 +200,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     try:
         command.run()
-    except (Missing, FileNotFoundError, ValueError) as error:
-        print(f"tokenflow: {error}", file=sys.stderr)
+    except (Missing, OSError, ValueError) as error:
+        # The system's own errors have a reason and a file; ours are sentences.
+        named = isinstance(error, OSError) and error.strerror and error.filename
+        print(f"tokenflow: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         hints = {Demo: "; the same command goes on from the last checkpoint", Encode: "; the same command goes on"}

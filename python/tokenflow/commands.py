@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tokenflow_ext
+from tokenflow.data.loading import as_float
 from tokenflow.data.pictures import read_picture, skipped_sentence
 from tokenflow.encoding import Running, encode_data_set
 from tokenflow.evaluation.reconstruction import psnr
@@ -41,14 +42,13 @@ def open_tokenizer(name: str, *, quiet: bool = True) -> Tokenizer:
     return Tokenizer.from_pretrained(name)
 
 
-def read_all(paths: Sequence[Path], size: tuple[int, int]) -> list[tuple[Path, Tensor]]:
-    """The readable ones of the pictures, float32 [1, 3, *size] in [-1, 1]; the others are named on standard error.
+def read_each(paths: Sequence[Path], size: tuple[int, int]) -> Iterator[tuple[Path, Tensor]]:
+    """The readable ones of the pictures, float32 [1, 3, *size] in [-1, 1], one by one; the others are named on standard error.
 
     Raises:
-        FileNotFoundError: a path does not exist.
+        FileNotFoundError: a path does not exist; before the first is read.
         ValueError: none is readable.
     """
-    read, broken = [], []
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(
@@ -56,26 +56,41 @@ def read_all(paths: Sequence[Path], size: tuple[int, int]) -> list[tuple[Path, T
                 if not path.exists()
                 else f"pictures: wanted image files, got the folder {path}"
             )
+    broken = []
+    for path in paths:
         try:
-            read.append((path, read_picture(path, size)[None].float() / 127.5 - 1))
+            image = read_picture(path, size)[None]
         except OSError as error:
             broken.append(f"{path}: {str(error).splitlines()[0]}")
+            continue
+        yield path, as_float(image)
     if broken:
         print(skipped_sentence(broken), file=sys.stderr)
-    if not read:
+    if len(broken) == len(paths):
         raise ValueError("pictures: wanted at least one readable image, got none")
-    return read
 
 
 def reconstruct(paths: Sequence[Path], name: str, out: Path) -> None:
-    """Write original and reconstruction side by side, and print PSNR and token count of each."""
+    """Write original and reconstruction side by side, and print PSNR and token count of each.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: none is readable, or two results or a picture and a result would be one file.
+    """
+    targets = {path: out / f"{path.stem}.png" for path in paths}
+    taken = {path.resolve(): path for path in paths}
+    for path, target in targets.items():
+        other = taken.setdefault(target.resolve(), path)
+        if other is not path or target.resolve() == path.resolve():
+            raise ValueError(
+                f"reconstruct: out: wanted a file of its own for {path}, got {target}, which is that of {other}"
+            )
     model = open_tokenizer(name)
-    pictures = read_all(paths, model.image_size)
-    out.mkdir(parents=True, exist_ok=True)
-    for path, image in tqdm(pictures, desc="reconstructing", unit="picture"):
+    for path, image in tqdm(read_each(paths, model.image_size), "reconstructing", len(paths), unit="picture"):
+        out.mkdir(parents=True, exist_ok=True)
         indices = model.encode(image)
         decoded = model.decode(indices)
-        target = out / f"{path.stem}.png"
+        target = targets[path]
         pil_image(torch.cat([image[0], decoded[0]], dim=2)).save(target)
         tqdm.write(f"{target}: {indices.shape[-1]} tokens, {psnr(decoded, image).item():.2f} dB")
 
@@ -95,20 +110,21 @@ def encode(paths: Sequence[Path], name: str, out: Path | None, running: Running,
         encode_data_set(model, sets[0], out, running, shard_size=shard_size)
         return
     lines, scales = [], list(getattr(model.config, "scales", ()))
-    for path, image in tqdm(read_all(paths, model.image_size), desc="encoding", unit="picture"):
+    for path, image in tqdm(read_each(paths, model.image_size), "encoding", len(paths), unit="picture"):
         maps = [m[0].flatten().tolist() for m in model.split(model.encode(image))]
         lines.append(json.dumps({"file": str(path), "scales": scales, "indices": maps}))
     if out is None:
         print("\n".join(lines))
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(lines) + "\n")
+        write_whole(out, "\n".join(lines) + "\n")
 
 
 def evaluate(data: Path, name: str, out: Path, running: Running, brought: Brought) -> None:
     """Print the table of measures and write it to evaluation.json and index.html in `out`."""
-    found = evaluate_data_set(open_tokenizer(name), name, data, running, brought)
-    out.mkdir(parents=True, exist_ok=True)
+    model = open_tokenizer(name)
+    out.mkdir(parents=True, exist_ok=True)  # before the work of hours, not after it
+    found = evaluate_data_set(model, name, data, running, brought)
     write_whole(out / "evaluation.json", found.text())
     write_whole(out / "index.html", evaluation_page(found))
     if found.skipped:

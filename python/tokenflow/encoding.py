@@ -101,7 +101,8 @@ def encode_data_set(model: Tokenizer, data: Path, out: Path, running: Running, *
     rank, world = ranks()
     entries, broken = data_set(data)
     if not entries:
-        raise ValueError(f"encode: data: wanted at least one picture, got none in {data}")
+        reason = f" ({broken[0]})" if broken else ""
+        raise ValueError(f"encode: data: wanted at least one picture, got none in {data}{reason}")
     crop = Crop(model.image_size, running.resize)
     shards = -(-len(entries) // shard_size)
     names = hashlib.sha256("\n".join(entry.key for entry in entries).encode()).hexdigest()[:16]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str, *, writer: str = "") -> None:
-    """Write `content` under a temporary name, flush it to disk, then rename it to `path`.
+@contextlib.contextmanager
+def replacing(path: Path, *, writer: str = "") -> Iterator[Path]:
+    """A temporary name to write a file under; when the block ends it is flushed to disk and renamed to `path`.
 
     Args:
         path: the file.
-        content: all of it; text is written as UTF-8.
         writer: part of the temporary name, another for each process that may write the same file at the same time.
     """
     temporary = path.with_name(f"{path.name}{writer}.part")
-    with temporary.open("wb") as handle:
-        handle.write(content.encode() if isinstance(content, str) else content)
-        handle.flush()
+    yield temporary
+    with temporary.open("rb+") as handle:
         os.fsync(handle.fileno())
     os.replace(temporary, path)
+
+
+def write_whole(path: Path, content: bytes | str, *, writer: str = "") -> None:
+    """`content` as the file `path`, text as UTF-8, see `replacing`."""
+    with replacing(path, writer=writer) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)

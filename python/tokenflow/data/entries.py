@@ -177,16 +177,19 @@ def read_columns(path: Path, key: str, value: str) -> dict[str, str]:
     """Two columns of a CSV file as a table.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: they are not there, or it is no CSV file in UTF-8.
     """
-    with path.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.DictReader(handle)
-        columns = reader.fieldnames or []
-        if not {key, value} <= set(columns):
-            raise ValueError(
-                f"data: {path.name}: wanted the columns {key} and {value}, got {', '.join(columns) or 'nothing'}"
-            )
-        return {row[key].strip(): (row[value] or "").strip() for row in reader if row[key]}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle)
+            columns, rows = reader.fieldnames or [], list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"data: {path.name}: wanted a CSV file in UTF-8, got {error}") from error
+    if not {key, value} <= set(columns):
+        raise ValueError(
+            f"data: {path.name}: wanted the columns {key} and {value}, got {', '.join(columns) or 'nothing'}"
+        )
+    return {row[key].strip(): (row[value] or "").strip() for row in rows if row[key]}
 
 
 def caption_of(stem: str) -> str:

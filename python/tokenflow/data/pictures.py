@@ -12,6 +12,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from tokenflow.models.image_processor import eight_bits
+
 SIZE = 64
 HELD_OUT = 0.115
 
@@ -90,7 +92,7 @@ class Pictures:
 
 
 def opened(source: Path | bytes) -> Image.Image:
-    """The picture of a path, or of encoded bytes, with its pixels read.
+    """The picture of a path, or of encoded bytes, with its pixels read; 16-bit grey becomes 8-bit, see `eight_bits`.
 
     Raises:
         OSError: it is broken or of an unknown format.
@@ -98,11 +100,13 @@ def opened(source: Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
-            return image
+            return eight_bits(image)
     except UnidentifiedImageError:
         # Pillow's own words name the buffer's address, which differs from run to run.
         raise OSError("no picture of a known format") from None
-    except (SyntaxError, ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # decoders raise anything on torn files
         raise OSError(f"broken picture: {error}") from error
 
 

@@ -60,9 +60,18 @@ def write_shard(shard: Shard, path: Path, shapes: list[list[int]]) -> None:
 
 
 def about_shard(path: Path) -> dict[str, Any]:
-    """Everything of a shard but the ids: keys, groups, captions, skipped, shapes."""
-    with safetensors.safe_open(path, "pt") as file:
-        return json.loads(file.metadata()[ABOUT])
+    """Everything of a shard but the ids: keys, groups, captions, skipped, shapes.
+
+    Raises:
+        ValueError: the file is broken, or no shard.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})[ABOUT])
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"tokens: wanted a shard that tokenflow encode wrote, got {path} ({error}): without it, the same command writes it again"
+        ) from error
 
 
 def start(folder: Path, manifest: dict[str, Any], rank: int = 0) -> None:

@@ -42,6 +42,8 @@ class ProbeMeter:
         most: pictures at most.
     """
 
+    name = "linear probe"
+
     def __init__(self, model: Tokenizer, entries: Sequence[Entry], *, most: int) -> None:
         self.model = model
         chosen = set(stable_order([entry.key for entry in entries])[:most])
@@ -66,6 +68,8 @@ class ProbeMeter:
             self.found.append(kinds_of(self.model, part))
 
     def measures(self) -> list[Measure]:
+        if not self.rows:
+            return []
         groups, split = zip(*(self.about[row] for row in self.rows), strict=True)
         train, test = ([i for i, side in enumerate(split) if side == name] for name in ("train", "test"))
         found = []

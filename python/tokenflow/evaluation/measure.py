@@ -57,11 +57,19 @@ class Seen(NamedTuple):
 
 
 class Meter(Protocol):
-    """Collects what it needs of every batch."""
+    """Collects what it needs of every batch.
+
+    Attributes:
+        name: of what it measures, for the reader who is told that it could not.
+    """
+
+    name: str
 
     def update(self, seen: Seen) -> None: ...
 
-    def measures(self) -> list[Measure]: ...
+    def measures(self) -> list[Measure]:
+        """The numbers; none where the pictures that were seen do not allow any."""
+        ...
 
 
 class PairMeter:

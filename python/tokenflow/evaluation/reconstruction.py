@@ -9,11 +9,18 @@ from torch import Tensor, nn
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, [B]: 10 log10(4 / mean (x' - x)^2) for images [B, 3, H, W] in [-1, 1].
 
+    Raises:
+        ValueError: the shapes differ.
+
     Example:
         >>> x = torch.zeros(1, 3, 4, 4)
         >>> round(psnr(x + 0.2, x).item(), 2)
         20.0
     """
+    if images.shape != originals.shape or images.dim() != 4:
+        raise ValueError(
+            f"psnr: images: wanted two [B, C, H, W] of one shape, got {list(images.shape)} and {list(originals.shape)}"
+        )
     error = (images.float() - originals.float()).square().mean((1, 2, 3)).clamp(min=1e-10)
     return 10 * (4.0 / error).log10()
 

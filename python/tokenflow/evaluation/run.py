@@ -65,6 +65,9 @@ class Brought:
                 raise ValueError(f"evaluate: {name}: wanted at least {least}, got {value}")
         if not self.templates:
             raise ValueError("evaluate: templates: wanted at least one, got none")
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"evaluate: templates: wanted {{}} for the class in each, got {template!r}")
 
 
 @dataclass
@@ -163,6 +166,8 @@ def meters(
             names = read_columns(brought.classes, "class", "name") if brought.classes else {}
             words = TextTokenizer(brought.words, model.config.context)
             found.append(WordsMeter(model, words, entries, names, brought.templates))
+    elif brought.words is not None:
+        missing.append(f"zero-shot and retrieval: a {type(model).__name__} has no text tower")
     return found, missing
 
 
@@ -217,7 +222,12 @@ def evaluate_data_set(model: Tokenizer, name: str, data: Path, running: Running,
         "reference": "the same pictures cropped",
         "type": f"{running.dtype} networks, float32 quantizer",
     }
-    measures = [measure for meter in taken for measure in meter.measures()]
+    measures = []
+    for meter in taken:
+        numbers = meter.measures()
+        measures += numbers
+        if not numbers:
+            missing.append(f"{meter.name}: too few readable pictures, or without classes or captions")
     conditions = {
         "torch": torch.__version__,
         "device": str(next(model.parameters()).device),

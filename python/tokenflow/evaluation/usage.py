@@ -28,6 +28,8 @@ class UsageMeter:
         hits: part -> [K].
     """
 
+    name = "codebook use"
+
     def __init__(self, model: Tokenizer) -> None:
         self.model, self.codes = model, model.config.codebook_size
         self.shared = isinstance(model, MultiScaleTokenizer)

@@ -59,6 +59,8 @@ class WordsMeter:
         templates: sentences with one {}.
     """
 
+    name = "zero-shot and retrieval"
+
     def __init__(
         self,
         model: UniTok,
@@ -82,10 +84,10 @@ class WordsMeter:
         return [*self._zero_shot(vectors), *self._retrieval(vectors)]
 
     def _zero_shot(self, vectors: Tensor) -> list[Measure]:
-        if len(self.classes) < 2:
-            return []
         number = {name: i for i, name in enumerate(self.classes)}
         places = [i for i, row in enumerate(self.rows) if self.entries[row].group]
+        if len(self.classes) < 2 or not places:
+            return []
         truth = torch.tensor([number[self.entries[self.rows[i]].group] for i in places])
         scores = vectors[places] @ class_vectors(self.model, self.words, self.names, self.templates).T
         top = scores.topk(min(5, len(self.classes)), dim=1).indices == truth[:, None]

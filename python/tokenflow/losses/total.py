@@ -22,7 +22,7 @@ from tokenflow.losses.adversarial import Ramp
 from tokenflow.losses.augment import diffaug
 from tokenflow.losses.blur import Fade, gaussian_blur
 from tokenflow.losses.contrastive import contrastive_loss
-from tokenflow.losses.distillation import distillation_loss
+from tokenflow.losses.distillation import KINDS, distillation_loss
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Weights:
         perceptual_side: smallest height of pictures with a perceptual term.
 
     Raises:
-        ValueError: a weight that is negative or not finite, or an unknown kind.
+        ValueError: a weight that is negative or not finite, an unknown kind, limits out of order, or a cutout above 1.
 
     Example:
         >>> Weights.tokenflow().adversarial, Weights.unitok(steps_per_epoch=1000).ramp
@@ -82,6 +82,11 @@ class Weights:
             if field.type == "float" and not 0 <= value < math.inf:
                 raise ValueError(f"Weights: {field.name}: wanted a finite number >= 0, got {value}")
         _check.one_of("Weights", "kind", self.kind, adversarial.KINDS)
+        # These are used only where the ramp starts, which would be late for an error.
+        if self.cutout > 1:
+            raise ValueError(f"Weights: cutout: wanted a number in [0, 1], got {self.cutout}")
+        if self.adaptive is not None and not 0 <= self.adaptive[0] <= self.adaptive[1]:
+            raise ValueError(f"Weights: adaptive: wanted limits 0 <= low <= high, got {self.adaptive}")
 
     @classmethod
     def tokenflow(cls) -> Weights:
@@ -122,7 +127,7 @@ class Objective(nn.Module):
         distillation: "cosine" or "l2".
 
     Raises:
-        ValueError: a perceptual weight above 0 without a metric.
+        ValueError: a perceptual weight above 0 without a metric, or an unknown distillation.
 
     Example:
         >>> from tokenflow.losses.patchgan import PatchGAN
@@ -143,6 +148,7 @@ class Objective(nn.Module):
                 f"Objective: perceptual: wanted a metric for its weight {weights.perceptual}, got None: "
                 "see load_perceptual, or set the weight to 0"
             )
+        _check.one_of("Objective", "distillation", distillation, KINDS)
         self.weights, self.distillation = weights, distillation
         self.perceptual = None if perceptual is None else perceptual.requires_grad_(False).eval()
         self.lecam = adversarial.LeCam() if weights.lecam else None

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WRAPPERS = ("module.", "_orig_mod.")
+NUMBERS = ("f2", "f4", "f8", "i4", "i8", "u1", "bool")
 
 
 def _harmless() -> list:
@@ -32,11 +33,19 @@ def _harmless() -> list:
     kinds.append((pathlib.PosixPath, "pathlib._local.PosixPath"))
     try:
         numpy = importlib.import_module("numpy")
-        scalar = importlib.import_module("numpy._core.multiarray").scalar
     except ImportError:
         return kinds
-    dtypes = {type(numpy.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "bool")}
-    return [*kinds, numpy.dtype, *dtypes, scalar, (scalar, "numpy.core.multiarray.scalar")]
+
+    def scalar(dtype: object, content: bytes) -> object:
+        # numpy's own believes flags that the file sets on a dtype, and takes the address of the content for a number then.
+        names = {str(numpy.dtype(name)) for name in NUMBERS}
+        if str(dtype) not in names or not isinstance(content, bytes):
+            raise pickle.UnpicklingError(f"numpy scalar of {dtype}")
+        return numpy.frombuffer(content, numpy.dtype(str(dtype)), count=1)[0]
+
+    dtypes = {type(numpy.dtype(name)) for name in NUMBERS}
+    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*kinds, numpy.dtype, *dtypes, *scalars]
 
 
 @dataclass

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tokenflow.files import write_whole
+
 FILE = "preprocessor_config.json"
 
 
@@ -131,7 +133,7 @@ class ImageProcessor:
         """Write preprocessor_config.json into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_whole(folder / FILE, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageProcessor:
@@ -149,6 +151,18 @@ class ImageProcessor:
         return cls((crop["height"], crop["width"]), **{name: values[name] for name in names})
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey picture in 8 bits, which Pillow would clip to white; any other as it is.
+
+    >>> eight_bits(Image.new("I;16", (1, 1), 128 * 257)).getpixel((0, 0))
+    128
+    """
+    # Older releases of Pillow read a 16-bit PNG as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    return image
+
+
 def _picture(image: Any) -> Image.Image:
     if isinstance(image, Tensor):
         image = image.movedim(0, -1).cpu().contiguous().numpy() if image.ndim == 3 else image
@@ -161,6 +175,7 @@ def _picture(image: Any) -> Image.Image:
         if image.shape[2] != 3:
             raise ValueError(f"ImageProcessor: images: wanted three channels, got an image {list(image.shape)}")
         image = Image.fromarray(image)
+    image = eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

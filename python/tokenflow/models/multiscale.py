@@ -58,9 +58,11 @@ class MultiScaleTokenizer(Tokenizer):
             ValueError: sizes or scales that cannot be.
         """
         config = super().changed(config, values)
+        if not isinstance(config.scales, Sequence) or not config.scales:
+            raise ValueError(f"{cls.__name__}: scales: wanted a list of at least one, got {config.scales}")
         for name, sides in (("image_size", config.image_size), *(("scales", s) for s in config.scales)):
             pair = _pair(sides)
-            if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+            if len(pair) != 2 or not all(type(n) is int for n in pair):
                 raise ValueError(f"{cls.__name__}: {name}: wanted an integer, or height and width, got {sides!r}")
         size = _pair(config.image_size)
         grid = cls.grid_of(config, size)
@@ -68,7 +70,7 @@ class MultiScaleTokenizer(Tokenizer):
             fitted_scales(config.scales, grid) if "image_size" in values and "scales" not in values else config.scales
         )
         scales = tuple(tuple(s) if isinstance(s, Sequence) else s for s in scales)
-        if any(min(p) < 1 or p[0] > grid[0] or p[1] > grid[1] for p in map(_pair, scales)) or not scales:
+        if any(min(p) < 1 or p[0] > grid[0] or p[1] > grid[1] for p in map(_pair, scales)):
             raise ValueError(f"{cls.__name__}: scales: wanted sides of 1 to {grid[0]} x {grid[1]} cells, got {scales}")
         return replace(config, image_size=size[0] if size[0] == size[1] else size, scales=scales)
 

@@ -21,10 +21,12 @@ from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenflow.errors import Missing
+from tokenflow.files import replacing, write_whole
 from tokenflow.models import checkpoint
 from tokenflow.models.image_processor import ImageProcessor
 from tokenflow.models.precision import full, without_autocast
@@ -108,7 +110,7 @@ class Tokenizer(nn.Module):
         for kind in kinds:
             try:
                 recognised = kind.recognise(state)
-            except ValueError as error:
+            except (IndexError, ValueError) as error:
                 refusals.append(error)
                 continue
             config = kind.changed(recognised, changes)
@@ -123,10 +125,13 @@ class Tokenizer(nn.Module):
                 said |= {"given": given} if given else {}
                 print(checkpoint.table({"file": f"{path}{where}", **model.summary(), **said, **dropped}))
             return model.eval()
-        if len(refusals) == 1:
+        if len(refusals) == 1 and str(refusals[0]).startswith("from_checkpoint: "):
             raise refusals[0]
         names = ", ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"from_checkpoint: path: wanted the weights of a {names}, got {path} with other names")
+        what = "tensors of other shapes" if len(refusals) == 1 else "other names"
+        raise ValueError(
+            f"from_checkpoint: path: wanted the weights of a {names}, got {path} with {what}"
+        ) from refusals[-1]
 
     @classmethod
     def recognise(cls, state: Mapping[str, Tensor]) -> Any:
@@ -163,11 +168,12 @@ class Tokenizer(nn.Module):
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and preprocessor_config.json into `folder`."""
+        """Write config.json, model.safetensors and preprocessor_config.json into `folder`, each whole or not at all."""
         folder = Path(folder)
         self.image_processor().save_pretrained(folder)
-        (folder / FILES[0]).write_text(json.dumps({"model": self.kind, **asdict(self.config)}, indent=2) + "\n")
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / FILES[1])
+        write_whole(folder / FILES[0], json.dumps({"model": self.kind, **asdict(self.config)}, indent=2) + "\n")
+        with replacing(folder / FILES[1]) as temporary:
+            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary)
 
     @classmethod
     def from_pretrained(
@@ -191,7 +197,7 @@ class Tokenizer(nn.Module):
         Raises:
             FileNotFoundError: the folder lacks a file, or the repository cannot be had.
             Missing: a repository is asked for and huggingface_hub is not installed.
-            ValueError: config.json describes another model.
+            ValueError: config.json describes another model, or a file is broken.
         """
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = Path(name)
@@ -202,13 +208,24 @@ class Tokenizer(nn.Module):
                 raise FileNotFoundError(
                     f"from_pretrained: name: wanted a folder with {' and '.join(FILES)}, got {folder} without {file}"
                 )
-        values = json.loads((folder / FILES[0]).read_text())
-        kind = cls.kinds().get(values.pop("model", None))
-        if kind is None:
-            wanted = " or ".join(cls.kinds())
-            raise ValueError(f"from_pretrained: name: wanted a {wanted} model, got another in {folder / FILES[0]}")
-        model = kind(from_json(kind.config_type, values))
-        model.load_state_dict(load_file(folder / FILES[1]))
+        kinds = cls.kinds()
+        try:
+            values = json.loads((folder / FILES[0]).read_text())
+        except ValueError as error:
+            raise ValueError(f"from_pretrained: name: wanted JSON in {folder / FILES[0]}, got {error}") from error
+        word = values.pop("model", None) if isinstance(values, dict) else None
+        if not isinstance(word, str) or word not in kinds:
+            raise ValueError(
+                f"from_pretrained: name: wanted a {' or '.join(kinds)} model, got another in {folder / FILES[0]}"
+            )
+        model = kinds[word](from_json(kinds[word].config_type, values))
+        try:
+            model.load_state_dict(load_file(folder / FILES[1]))
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split("\n\t")[:2])
+            raise ValueError(
+                f"from_pretrained: name: wanted the weights that {FILES[0]} describes, got {folder / FILES[1]} ({reason})"
+            ) from error
         return model.eval()
 
     def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -296,11 +313,17 @@ class Tokenizer(nn.Module):
             ValueError: another shape.
         """
         height, width = self.image_size
-        if not images.is_floating_point():
-            raise TypeError(f"encode: images: wanted floating point values in [-1, 1], got {images.dtype}")
+        check_floating(images)
         if images.dim() != 4 or images.shape[1:] != (3, height, width):
             raise ValueError(f"encode: images: wanted [B, 3, {height}, {width}], got {list(images.shape)}")
         return images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def check_floating(images: Tensor) -> None:
+    """Raises TypeError unless images are a tensor of floating point values."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"encode: images: wanted a tensor of floating point values in [-1, 1], got {got}")
 
 
 def from_json(config_type: type, values: Mapping[str, Any]) -> Any:
@@ -318,8 +341,10 @@ def from_json(config_type: type, values: Mapping[str, Any]) -> Any:
 
     def restored(name: str, value: Any) -> Any:
         if isinstance(value, dict):
-            kinds = [hints[name], *typing.get_args(hints[name])]
-            return from_json(next(kind for kind in kinds if is_dataclass(kind)), value)
+            kinds = [kind for kind in (hints[name], *typing.get_args(hints[name])) if is_dataclass(kind)]
+            if not kinds:
+                raise ValueError(f"from_pretrained: config.json: {name}: wanted a plain value, got {value}")
+            return from_json(kinds[0], value)
         return _tuples(value)
 
     return config_type(**{name: restored(name, value) for name, value in values.items()})

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow.models import checkpoint, unitok_checkpoint
-from tokenflow.models.precision import full
+from tokenflow.models.precision import full, without_autocast
 from tokenflow.models.projection import AttnProjection
 from tokenflow.models.text import TextTower
-from tokenflow.models.tokenizer import Tokenizer
+from tokenflow.models.tokenizer import Tokenizer, check_floating
 from tokenflow.models.vitamin import EPS, PATCH, ViTamin, ViTaminDecoder
 from tokenflow_ext.quantize import VectorQuantizer
 
@@ -101,7 +101,7 @@ class UniTok(Tokenizer):
     kind = "unitok"
     config_type = Config
     presets = PRESETS
-    places = ("trainer.unitok", "unitok", "model", "state_dict")
+    places = ("trainer.unitok", "unitok", "ema", "model", "state_dict")
     assumed = ("image_size", "heads", "projection_heads", "projection_causal", "text_heads")
 
     def __init__(self, config: Config) -> None:
@@ -165,7 +165,7 @@ class UniTok(Tokenizer):
             ValueError: another shape, or sides that are no multiples of 16.
         """
         tokens = self.encoder(self.checked(images))
-        with torch.autocast(images.device.type, enabled=False):  # rounded just before the codes, they would be others
+        with without_autocast(images):  # rounded just before the codes, they would be others
             features = self.quant_proj(tokens.to(self.dtype))
         return features.transpose(1, 2).unflatten(2, grid_of(images))
 
@@ -207,8 +207,8 @@ class UniTok(Tokenizer):
         if indices.dim() != 3 or indices.shape[1] != groups:
             raise ValueError(f"decode: indices: wanted [B, {groups}, L], got {list(indices.shape)}")
         length = indices.shape[2]
-        side = math.isqrt(length)
-        height, width = (side, side) if grid is None else grid
+        side, own = math.isqrt(length), tuple(side // PATCH for side in self.image_size)
+        height, width = grid or (own if math.prod(own) == length else (side, side))
         if not all(isinstance(n, int) and n > 0 for n in (height, width)) or height * width != length:
             raise ValueError(f"decode: grid: wanted (h, w) with h * w = {length}, got {grid}")
         ids = indices.transpose(1, 2).unflatten(1, (height, width))
@@ -224,7 +224,7 @@ class UniTok(Tokenizer):
 
         Args:
             indices: as `encode` gives them.
-            grid: (h, w) with h * w = L; a square by default.
+            grid: (h, w) with h * w = L; by default that of `config.image_size` where it fits, else a square.
 
         Raises:
             ValueError: another shape, ids that are no codes, or a grid that does not fit.
@@ -278,8 +278,7 @@ class UniTok(Tokenizer):
             TypeError: images are not floating point.
             ValueError: another shape, or sides that are no multiples of 16.
         """
-        if not images.is_floating_point():
-            raise TypeError(f"encode: images: wanted floating point values in [-1, 1], got {images.dtype}")
+        check_floating(images)
         if images.dim() != 4 or images.shape[1] != 3 or any(side < PATCH or side % PATCH for side in images.shape[2:]):
             raise ValueError(
                 f"encode: images: wanted [B, 3, H, W] with sides that are multiples of {PATCH}, got {list(images.shape)}"
