@@ -290,7 +290,7 @@ def test_a_saving_that_dies_leaves_the_model_that_was_there(tmp_path, monkeypatc
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokenflow.models.tokenizer.save_file", dying)
+    monkeypatch.setattr("tokenflow.models.model.save_file", dying)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path)
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
