@@ -5,8 +5,10 @@ import math
 import inception_weights
 import pytest
 import torch
-from tokenflow.evaluation.distribution import frechet, kid
+from tokenflow.evaluation import distribution
+from tokenflow.evaluation.distribution import DistributionMeter, Gaussian, frechet, frechet_of, kid
 from tokenflow.evaluation.inception import Inception, installed_weights, resized
+from tokenflow.evaluation.measure import Seen
 
 
 def rand(*shape, seed=0):
@@ -38,6 +40,84 @@ def test_frechet_with_fewer_pictures_than_dimensions(n):
     assert frechet(x, 3 * x) == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-10)
 
 
+@pytest.mark.parametrize("batches", [[1] * 50, [50], [7, 1, 30, 0, 12], [3, 47]])
+def test_a_gaussian_in_batches_is_that_of_two_passes(batches):
+    # Far from the origin, where sums of squares would lose eleven of the sixteen digits.
+    rows = 1e6 + randn(50, 6) @ randn(6, 6, seed=2)
+    found = Gaussian(6)
+    for part in rows.split(batches):
+        found.update(part)
+    assert found.count == 50 and found.factor().shape == (6, 6)
+    torch.testing.assert_close(found.mean(), rows.mean(0), rtol=1e-15, atol=0)
+    torch.testing.assert_close(found.factor().T @ found.factor(), (rows - 1e6).T.cov(), rtol=1e-8, atol=1e-8)
+    found.update(rows)  # goes on after it was asked
+    torch.testing.assert_close(found.mean(), rows.mean(0), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        found.factor().T @ found.factor(), (rows - 1e6).repeat(2, 1).T.cov(), rtol=1e-8, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("n", [3, 20, 41, 200])
+def test_frechet_in_batches_keeps_its_digits(n):
+    """With a rank below the dimension too, where a root of accumulated covariances would lose half of them."""
+    x = 1e3 * randn(n, 40, seed=n)
+    fitted = [Gaussian(40), Gaussian(40)]
+    for rows in x.split(16):
+        fitted[0].update(rows)
+    for rows in (x * (1 + 1e-3)).split(9):
+        fitted[1].update(rows)
+    want = 1e-6 * (x.T.cov().trace() + x.mean(0).square().sum()).item()
+    assert frechet_of(*fitted) == pytest.approx(want, rel=1e-7)
+
+
+def kept(thing, found=None):
+    """Bytes of all tensors that an object holds."""
+    found = {} if found is None else found
+    if isinstance(thing, torch.Tensor):
+        found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    elif isinstance(thing, list | tuple):
+        for part in thing:
+            kept(part, found)
+    elif type(thing).__module__ == distribution.__name__:
+        for part in vars(thing).values():
+            kept(part, found)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_memory_does_not_grow_with_the_number_of_pictures(kernel, monkeypatch):
+    monkeypatch.setattr(distribution, "KEPT", 60)
+    meter, sizes, dim = DistributionMeter("d", lambda t: t.double().mean(3).flatten(1), "p", kernel=kernel), [], 24
+    images = rand(1200, 3, 8, 2).float() * 2 - 1
+    for start in range(0, 1200, 30):
+        one = images[start : start + 30]
+        meter.update(Seen(list(range(30)), one, one.flip(2), torch.zeros(0), torch.zeros(0)))
+        sizes.append(kept(meter))
+    assert max(sizes) <= (60 * dim * 2 * 4 if kernel else 2 * (2 * dim + 30 + 1) * dim * 8) and min(sizes) > 0
+    (measure,) = meter.measures()
+    if kernel:
+        assert measure.protocol == "p, blocks of 60 of a random 60 of the pictures"
+        return
+    look = lambda t: ((t + 1) * 127.5).round().double().mean(3).flatten(1)  # noqa: E731
+    assert measure.value == pytest.approx(frechet(look(images), look(images.flip(2))), rel=1e-6)
+
+
+def test_a_sample_of_pairs_takes_each_as_often(monkeypatch):
+    monkeypatch.setattr(distribution, "KEPT", 5)
+    hits, runs = torch.zeros(20), 2000
+    for seed in range(runs):
+        sample = distribution._Kernel(1)
+        sample.draw.seed(seed)
+        rows = torch.arange(20.0)[:, None]
+        for part in rows.split([1, 12, 7]):
+            sample.update(part, part + 100)
+        originals, images = torch.stack(sample.pairs, 1)
+        assert torch.equal(images, originals + 100) and len(originals.unique()) == 5
+        hits[originals.long().flatten()] += 1
+    spread = (runs * 0.25 * 0.75) ** 0.5
+    assert (hits - runs * 0.25).abs().max() < 4 * spread
+
+
 def test_kid_is_its_formula_and_leaves_out_a_pictures_own_reconstruction():
     x, y = randn(12, 5), randn(12, 5, seed=1) + 0.3
     kernel = lambda a, b: (a @ b / 5 + 1) ** 3  # noqa: E731
@@ -66,6 +146,8 @@ def test_bad_features_are_a_sentence(function):
             function(x, y)
     with pytest.raises(ValueError, match="kid: y: wanted as many rows as x, 3, got 2"):
         kid(good, good[:2])
+    with pytest.raises(ValueError, match=r"Gaussian: rows: wanted finite values \[k, 4\], got \[3, 2\]"):
+        Gaussian(4).update(good[:, :2])
 
 
 def test_inception_gives_what_torch_fidelity_gives():
