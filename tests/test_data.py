@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from tokenflow.data import Pictures, emoji, fluent_emoji, image_folder
 from tokenflow.data.entries import caption_of
-from tokenflow.data.pictures import hide_pairs, read_picture, split_by_base
+from tokenflow.data.loading import Crop
+from tokenflow.data.pictures import hide_pairs, opened, read_picture, split_by_base
 from tokenflow.errors import Missing
 from tokenflow.models import ImageProcessor
 
@@ -50,9 +51,52 @@ def test_sixteen_bits_of_grey_become_eight():
     assert torch.equal(ImageProcessor(16).pixels(Image.open(content)), read)
 
 
+# The corner of the upright picture whose red quarter each orientation stores at the top left.
+CORNERS = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
+           5: "top left", 6: "top right", 7: "bottom right", 8: "bottom left"}  # fmt: skip
+
+
+def turned(orientation, form, side=(48, 32)):
+    """A file whose upper left quarter is red as stored, and which says how it is to be turned."""
+    image = Image.new("RGB", side, "blue")
+    image.paste((255, 0, 0), (0, 0, side[0] // 2, side[1] // 2))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(buffer, form, exif=exif, **({"quality": 95} if form == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", CORNERS)
+def test_pictures_stand_upright(orientation, form):
+    content = turned(orientation, form)
+    shown = opened(content)
+    assert shown.size == ((48, 32) if orientation < 5 else (32, 48)) and shown.mode == "RGB"
+    size = shown.size[::-1]
+    for read in (
+        read_picture(content, size),
+        Crop(size, "bicubic")(content),
+        ImageProcessor(size).pixels(Image.open(io.BytesIO(content))),
+    ):
+        red = read[0].float() - read[2].float() > 0
+        rows, columns = (red.float().mean(d) for d in (1, 0))
+        high, left = (
+            rows[: size[0] // 2].sum() > rows[size[0] // 2 :].sum(),
+            columns[: size[1] // 2].sum() > columns[size[1] // 2 :].sum(),
+        )
+        assert f"{'top' if high else 'bottom'} {'left' if left else 'right'}" == CORNERS[orientation]
+        assert float(red.float().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+def test_torn_exif_is_no_broken_picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "JPEG", exif=b"Exif\0\0II*\0nonsense that ends")
+    assert (read_picture(buffer.getvalue(), 8)[0] > 250).all()
+
+
 def test_a_picture_too_large_to_be_true_is_an_os_error(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(OSError, match="broken picture: Image size .1600 pixels."):
+    with pytest.raises(OSError, match="picture too large: 1600 pixels, more than 200 "):
         read_picture(encoded((1, 2, 3)))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from tokenflow.files import write_whole
@@ -73,7 +73,7 @@ class ImageProcessor:
         """Images as `pixel_values` [B, 3, H, W], float32.
 
         Args:
-            images: one or a list of: a picture of Pillow (transparency becomes white), uint8 [3, H, W] (or a batch of them) as a
+            images: one or a list of: a picture of Pillow (see `as_shown`), uint8 [3, H, W] (or a batch of them) as a
                 tensor, uint8 [H, W, 3] as an array.
             return_tensors: "pt".
 
@@ -151,16 +151,37 @@ class ImageProcessor:
         return cls((crop["height"], crop["width"]), **{name: values[name] for name in names})
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey picture in 8 bits, which Pillow would clip to white; any other as it is.
+def as_shown(image: Image.Image) -> Image.Image:
+    """A picture of any mode as a viewer shows it on a white page: RGB, 8 bits, turned as its EXIF says, transparency filled.
 
-    >>> eight_bits(Image.new("I;16", (1, 1), 128 * 257)).getpixel((0, 0))
-    128
+    >>> camera = Image.new("RGB", (30, 20))
+    >>> camera.getexif()[0x0112] = 6  # held upright
+    >>> as_shown(camera).size, as_shown(Image.new("I;16", (1, 1), 128 * 257)).getpixel((0, 0))
+    ((20, 30), (128, 128, 128))
     """
+    image = _upright(_eight_bits(image))
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey picture in 8 bits, which Pillow would clip to white; any other as it is."""
     # Older releases of Pillow read a 16-bit PNG as "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        small = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        small.info.pop("transparency", None)  # a grey of 16 bits, which would be taken for one of 8
+        return small
     return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # torn EXIF raises anything, and the pixels are there
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def _picture(image: Any) -> Image.Image:
@@ -175,8 +196,4 @@ def _picture(image: Any) -> Image.Image:
         if image.shape[2] != 3:
             raise ValueError(f"ImageProcessor: images: wanted three channels, got an image {list(image.shape)}")
         image = Image.fromarray(image)
-    image = eight_bits(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
+    return as_shown(image)
