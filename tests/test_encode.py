@@ -280,6 +280,21 @@ def test_captions_beside_pictures_and_in_a_table(tmp_path):
     assert all(entry.read()[:4] == b"\x89PNG" for entry in found.values())
 
 
+def test_a_folder_of_images_and_shards_gives_both(shards, pictures, tmp_path):
+    (tmp_path / "more").mkdir()
+    for shard in shards.iterdir():
+        (tmp_path / "more" / shard.name).write_bytes(shard.read_bytes())
+    for name in ("a.png", "more/b.png", "z.png"):
+        (tmp_path / name).write_bytes(next(pictures.rglob("*-0.png")).read_bytes())
+    (tmp_path / "z.txt").write_text("the last")
+    with tarfile.open(tmp_path / "backup.tar", "w"):
+        pass
+    found = data_set(tmp_path)
+    inside = [f"more/{entry.key}" for entry in data_set(shards).entries]
+    assert [e.key for e in found.entries] == ["a.png", *inside, "more/b.png", "z.png"] and not found.broken
+    assert found.entries[-1].caption == "the last" and found.entries[-2].group == "more"
+
+
 def test_a_member_that_ends_early_is_an_error(shards, tmp_path):
     (tmp_path / "a.tar").write_bytes((shards / "a-000.tar").read_bytes())
     last = data_set(tmp_path).entries[-1]

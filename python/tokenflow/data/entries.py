@@ -70,7 +70,8 @@ def data_set(path: str | Path) -> DataSet:
     """The pictures of a folder or of tar shards.
 
     In a folder, captions come from `captions.csv` (columns file and caption) or from a text file beside the picture (`cat.txt`
-    for `cat.jpg`); the first sub-folder's name is the class. In a folder that holds tar files anywhere, those are the data.
+    for `cat.jpg`); the first sub-folder's name is the class. Tar files in it are shards: their pictures take their place among
+    the image files, in the order of the paths.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
@@ -82,32 +83,22 @@ def data_set(path: str | Path) -> DataSet:
     if path.is_file():
         if path.suffix != ".tar":
             raise ValueError(f"data: path: {WANTED}, got the file {path}")
-        return _shards([path], path.parent)
+        return DataSet(*tar_entries(path, path.name))
     files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    tars = [file for file in files if file.suffix == ".tar"]
-    return _shards(tars, path) if tars else _folder(files, path)
-
-
-def _folder(files: list[Path], root: Path) -> DataSet:
-    listed = read_captions(root / CAPTION_FILE)
+    listed = read_captions(path / CAPTION_FILE)
     texts = {file.with_suffix("") for file in files if file.suffix == ".txt"}
-    entries = []
+    entries, broken = [], []
     for file in files:
-        if file.suffix.lower() in SUFFIXES:
-            key = file.relative_to(root).as_posix()
+        key = file.relative_to(path).as_posix()
+        if file.suffix == ".tar":
+            found, trouble = tar_entries(file, key)
+            entries += found
+            broken += trouble
+        elif file.suffix.lower() in SUFFIXES:
             caption = listed.get(key) or listed.get(file.name) or ""
             if not caption and file.with_suffix("") in texts:
                 caption = file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
             entries.append(Entry(key, str(file), group=_first_folder(key), caption=caption))
-    return DataSet(entries, [])
-
-
-def _shards(tars: list[Path], root: Path) -> DataSet:
-    entries, broken = [], []
-    for tar in tars:
-        found, trouble = tar_entries(tar, tar.relative_to(root).as_posix())
-        entries += found
-        broken += trouble
     return DataSet(entries, broken)
 
 
