@@ -28,14 +28,7 @@ from tokenflow.losses.perceptual import random_weights
 from tokenflow.models import VQVAE, TokenFlow, UniTok, unitok, vqvae
 from tokenflow.report.evaluation import evaluation_page
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rand(*shape, seed=0):

@@ -16,6 +16,8 @@ from tokenflow.models.checkpoint import read
 from tokenflow.models.unitok import PRESETS, Config, UniTok
 from tokenflow.models.unitok_checkpoint import load_clip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = Config(
     image_size=64, widths=(4, 8), dim=16, depth=2, heads=2, groups=4, codebook_size=32, code_dim=8, projection_heads=2,
     embed_dim=12, text_width=16, text_heads=2, text_depth=1, context=9, vocabulary=40, drop_path=0.0,
@@ -52,15 +54,6 @@ def released(model: UniTok) -> dict[str, torch.Tensor]:
 
 class Bare(torch.utils.data.Dataset):
     """Not a type that a weight file may hold."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,7 @@ from tokenflow.training.run import Stage, WeightAverage
 from tokenflow.training.tokenizer import Recipe, train_tokenizer
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
