@@ -15,24 +15,16 @@ from drawn import drawn_folder, drawn_tar
 from PIL import Image
 from tokenflow import encoding
 from tokenflow.cli import main
-from tokenflow.commands import read_each
-from tokenflow.data.entries import data_set
+from tokenflow.data.entries import Entry, data_set
 from tokenflow.data.loading import Crop, Loaded, as_float, loaded
 from tokenflow.data.pictures import read_picture
 from tokenflow.data.tokens import read_tokens, start
-from tokenflow.encoding import Running, encode_data_set
+from tokenflow.encoding import Running, batches, encode_data_set
 from tokenflow.files import write_whole
 from tokenflow.models import TokenFlow, UniTok
 from tokenflow.models.unitok import Config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -341,26 +333,6 @@ def test_what_the_user_can_mend_is_one_sentence(arguments, words, saved, tmp_pat
     assert caught.value.code == 1 and words.replace("{d}", folder) in capsys.readouterr().err
 
 
-def test_reconstructions_replace_no_picture_and_no_other(saved, tmp_path, capsys):
-    for name in ("a.png", "b/a.png", "b/c.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (9, 9), "red").save(tmp_path / name)
-    for pictures, out in (
-        (["a.png"], "."),
-        (["a.png", "b/a.png"], "out"),
-        (["b/a.png", "a.png"], "b"),
-    ):
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-        with pytest.raises(SystemExit) as caught:
-            main(
-                ["reconstruct", *(str(tmp_path / p) for p in pictures), "--model", saved, "--out", str(tmp_path / out)]
-            )
-        assert caught.value.code == 1 and "wanted a file of its own for" in capsys.readouterr().err
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
-    main(["reconstruct", str(tmp_path / "b" / "c.jpg"), "--model", saved, "--out", str(tmp_path / "b")])
-    assert (tmp_path / "b" / "c.png").is_file()
-
-
 def test_a_broken_shard_of_tokens_is_a_sentence_and_can_be_written_again(pictures, saved, tmp_path, capsys):
     command = ["encode", str(pictures), "--model", saved, "--out", str(tmp_path), "--shard-size", "7"]
     main(command)
@@ -378,16 +350,43 @@ def test_a_broken_shard_of_tokens_is_a_sentence_and_can_be_written_again(picture
     assert shard.read_bytes() == good
 
 
-def test_pictures_are_read_one_by_one(tmp_path, capsys):
+def test_a_few_pictures_are_lines_as_the_options_say(saved, model, pictures, tmp_path, capsys):
+    paths = [pictures / "cut.jpg", *sorted(pictures.rglob("*-0.png"))[:5]]
+    found = []
+    for options, crop, dtype in (
+        ([], Crop((64, 64)), torch.float32),
+        (["--resize", "bicubic", "--batch", "2", "--dtype", "bfloat16"], Crop((64, 64), "bicubic"), torch.bfloat16),
+    ):
+        main(["encode", *map(str, paths), "--model", saved, *options])
+        said = capsys.readouterr()
+        lines = [json.loads(line) for line in said.out.splitlines()]
+        assert [line["file"] for line in lines] == [str(path) for path in paths[1:]]
+        assert f"1 picture was skipped: {paths[0]}: " in said.err
+        running = Running(dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
+        twin = running.place(TokenFlow.from_pretrained(saved))
+        images = as_float(torch.stack([crop(path.read_bytes()) for path in paths[1:]]))
+        ids = torch.tensor([sum(line["indices"], []) for line in lines])
+        # A batch of another size may round features otherwise.
+        assert (ids == twin.encode(images)).float().mean() > 0.99
+        found.append(ids)
+    assert (found[0] == found[1]).float().mean() < 0.9
+    with pytest.raises(SystemExit):
+        main(["encode", str(tmp_path / "absent.png"), "--model", saved])
+    assert "absent.png, which does not exist" in capsys.readouterr().err
+
+
+def test_pictures_are_read_batch_by_batch(model, tmp_path, capsys):
     paths = [tmp_path / f"{i}.png" for i in range(4)]
     for path in paths:
         Image.new("RGB", (9, 9), "red").save(path)
     paths[2].write_bytes(b"torn")
-    pictures = read_each(paths, (8, 8))
-    assert next(pictures)[0] == paths[0]
+    read = batches(model, [Entry.of(path) for path in paths], Running(batch=1), "reading")
+    assert [e.path for e in next(read)[0]] == [str(paths[0])]
     paths[1].write_bytes(b"torn by now")
-    assert [path for path, _ in pictures] == [paths[3]]
+    assert [[e.path for e in found] for found, _ in read] == [[str(paths[3])]]
     assert "2 pictures were skipped" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="wanted at least one readable picture"):
+        list(batches(model, [Entry.of(paths[2])], Running(), "reading"))
 
 
 def test_tar_members_that_are_no_files_are_left_out(tmp_path):

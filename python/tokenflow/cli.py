@@ -65,16 +65,19 @@ class Reconstruct:
     """Encode pictures, decode the tokens, and write original and reconstruction side by side."""
 
     pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files, folders, or tar shards."""
     model: str = str(OUT / "tokenizer")
     """Folder of a trained tokenizer, a released checkpoint file, or a name on the Hugging Face hub."""
     out: Path = Path("reconstructed")
-    """Folder for the results, one PNG a picture."""
+    """Folder for the results, one PNG a picture, in sub-folders as the pictures are."""
+    running: RunOptions = field(default_factory=RunOptions)
 
     def run(self) -> None:
-        from tokenflow.commands import reconstruct
+        from tokenflow.commands import open_tokenizer
+        from tokenflow.encoding import Running
+        from tokenflow.reconstructing import reconstruct
 
-        reconstruct(self.pictures, self.model, self.out)
+        reconstruct(open_tokenizer(self.model), self.pictures, self.out, Running(**vars(self.running)))
 
 
 @dataclass

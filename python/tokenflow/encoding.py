@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,6 +65,29 @@ class Running:
     def images(self, model: Tokenizer, images: Tensor) -> Tensor:
         """uint8 images as the model takes them."""
         return as_float(images.to(next(model.parameters()).device))
+
+
+def batches(
+    model: Tokenizer, entries: Sequence[Entry], running: Running, what: str
+) -> Iterator[tuple[list[Entry], Tensor]]:
+    """The readable pictures and their images [n, 3, H, W] in [-1, 1], batch by batch under a progress bar; the others are named
+    on standard error at the end.
+
+    Raises:
+        ValueError: none is readable.
+    """
+    chunks, broken = _chunks(range(len(entries)), running.batch), []
+    with tqdm(total=len(entries), desc=what, unit="picture") as bar:
+        crop = Crop(model.image_size, running.resize)
+        for chunk, batch in zip(chunks, loaded(entries, chunks, crop, workers=running.workers), strict=True):
+            broken += batch.broken
+            if batch.rows:
+                yield [entries[row] for row in batch.rows], running.images(model, batch.images)
+            bar.update(len(chunk))
+    if broken:
+        print(skipped_sentence(broken), file=sys.stderr)
+    if len(broken) == len(entries):
+        raise ValueError(f"{what}: wanted at least one readable picture, got none")
 
 
 def ranks() -> tuple[int, int]:

@@ -25,7 +25,7 @@ class Entry:
     """One picture that has not been read yet.
 
     Attributes:
-        key: its name in the data set: a path in the folder, or shard/member.
+        key: its name in the data set: a path in the folder, or shard/member; of a file by itself, its path.
         path: file that holds it.
         offset: first byte.
         size: number of bytes, None for the whole file.
@@ -39,6 +39,21 @@ class Entry:
     size: int | None = None
     group: str = ""
     caption: str = ""
+
+    @classmethod
+    def of(cls, path: Path) -> Entry:
+        """An image file by itself.
+
+        Raises:
+            FileNotFoundError: it is none, or not there.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"pictures: wanted image files, got {path}, which does not exist"
+                if not path.exists()
+                else f"pictures: wanted image files, got {path}"
+            )
+        return cls(str(path), str(path))
 
     def read(self) -> bytes:
         """The encoded picture.
