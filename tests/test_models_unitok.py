@@ -1,6 +1,7 @@
 """UniTok: the published base model in stages, released files, grids of any shape, gradients, and bad input."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -332,23 +333,33 @@ def test_recomputing_in_backward_changes_nothing():
     assert [len(c) for c in calls] == [1, 2]
 
 
-def test_compiles_without_a_break():
-    model, x = small(depth=1).train(), images(2, 3, 32, 48)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_a_break(dtype):
+    model, x = small(depth=1).to(dtype).train(), images(2, 3, 32, 48)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x).indices, model(x).indices)
 
 
-def test_half_precision_keeps_one_definition_of_tokens():
-    model, x = small(), images(2, 3, 32, 32)
-    half = small().bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", [{}, {"projection": "linear"}, {"projection_causal": True, "groups": 1}])
+def test_half_precision_keeps_one_definition_of_tokens(changes, dtype):
+    """Tokens of a half model are those of its tokens' projection in float32, by a float32 twin of the projection."""
+    model, x = small(**changes), images(2, 3, 32, 32)
+    half = small(**changes).to(dtype)
     assert half.quantizer.codebooks()[0].dtype == torch.float32
-    features = half.encode_features(x)
-    assert features.dtype == torch.bfloat16
-    assert torch.equal(half.encode(x), half._by_group(half.quantizer.encode(features.float())))
+    assert all(p.dtype == dtype for p in half.quant_proj.parameters())
+    twin = copy.deepcopy(half.quant_proj).float()
+    features, rows = half.encode_features(x), twin(half.encoder(x.to(dtype)).float())
+    assert features.dtype == torch.float32 and torch.equal(features.flatten(2).transpose(1, 2), rows)
+    assert features.to(dtype).float().ne(features).any(), "rounded before the search"
+    assert torch.equal(half.encode(x), half._by_group(half.quantizer.encode(features)))
     assert half.decode(half.encode(x)).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
+    assert all(p.dtype == dtype for p in half.quant_proj.parameters())
+    half.train()(x).loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in half.quant_proj.parameters())
+    with torch.autocast("cpu", dtype):
         features = model.encode_features(x)
-        assert features.dtype == torch.float32 and model.encoder(x).dtype == torch.bfloat16
+        assert features.dtype == torch.float32 and model.encoder(x).dtype == dtype
         assert torch.equal(model.encode(x), model._by_group(model.quantizer.encode(features)))
         assert model(x).loss.dtype == torch.float32
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenflow.models import checkpoint, unitok_checkpoint
-from tokenflow.models.precision import full, without_autocast
+from tokenflow.models.precision import full, in_full
 from tokenflow.models.projection import AttnProjection
 from tokenflow.models.text import TextTower
 from tokenflow.models.tokenizer import Tokenizer, check_floating
@@ -158,15 +158,13 @@ class UniTok(Tokenizer):
                     nn.init.zeros_(layer.bias)
 
     def encode_features(self, images: Tensor) -> Tensor:
-        """What the quantizer reads, [B, code_dim, H/16, W/16], of images [B, 3, H, W] in [-1, 1].
+        """What the quantizer reads, [B, code_dim, H/16, W/16] in float32 (float64 for float64), of images [B, 3, H, W] in [-1, 1].
 
         Raises:
             TypeError: images are not floating point.
             ValueError: another shape, or sides that are no multiples of 16.
         """
-        tokens = self.encoder(self.checked(images))
-        with without_autocast(images):  # rounded just before the codes, they would be others
-            features = self.quant_proj(tokens.to(self.dtype))
+        features = in_full(self.quant_proj, self.encoder(self.checked(images)))
         return features.transpose(1, 2).unflatten(2, grid_of(images))
 
     def expand(self, features: Tensor) -> Tensor:
