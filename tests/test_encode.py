@@ -295,13 +295,15 @@ def test_a_member_that_ends_early_is_an_error(shards, tmp_path):
         last.read()
 
 
-def test_grouped_ids_keep_their_shape(pictures, tmp_path):
+def test_grouped_ids_keep_their_shape(pictures, tmp_path, capsys):
     torch.manual_seed(0)
     unitok = UniTok(Config(
         image_size=64, widths=(4, 8), dim=16, depth=1, heads=2, groups=2, codebook_size=32, code_dim=8,
         projection_heads=2, embed_dim=12, text_width=16, text_heads=2, text_depth=1, context=9, vocabulary=40,
     )).eval()  # fmt: skip
-    encode_data_set(unitok, pictures / "ring", tmp_path, Running(batch=3), shard_size=5)
+    encode_data_set(unitok, pictures / "ring", tmp_path, Running(batch=3, resize="model"), shard_size=5)
+    protocol = "resized to cover 72 x 72, centre crop 64 x 64, bilinear with antialiasing"
+    assert json.loads((tmp_path / "encode.json").read_text())["crop"] == protocol in capsys.readouterr().out
     indices = torch.cat([shard.indices for shard in read_tokens(tmp_path)])
     assert indices.shape == (8, 2, 16) and unitok.decode(indices).shape == (8, 3, 64, 64)
     about = encoding.about_shard(tmp_path / "tokens-00000.safetensors")

@@ -286,11 +286,17 @@ def test_every_kind_of_tokenizer_can_be_evaluated(kind, files, pictures, models,
     monkeypatch.setattr(run, "TextTokenizer", lambda path, context: words)
     (files / "classes.csv").write_text("class,name\nring,a ring\n")
     brought = Brought(words=files, classes=files / "classes.csv", probe=20)
-    found = evaluate_data_set(models[kind], "m", pictures, Running(batch=16, resize="bicubic"), brought)
+    found = evaluate_data_set(models[kind], "m", pictures, Running(batch=16, resize="model"), brought)
     names = {m.name for m in found.measures}
     assert ("zero-shot accuracy" in names) == (kind == "unitok") == ("linear probe, image vector" in names)
     assert ("zero-shot and retrieval: a VQVAE has no text tower" in found.missing) == (kind == "vqvae")
-    assert {"PSNR", "linear probe, codes, 8 x 8", "perplexity"} <= names and "bicubic" in found.common()
+    assert {"PSNR", "linear probe, codes, 8 x 8", "perplexity"} <= names
+    crop = (
+        "resized to cover 72 x 36, centre crop 64 x 32, bilinear"
+        if kind == "unitok"
+        else "centre crop 32 x 48, bicubic"
+    )
+    assert crop in found.common()
     assert evaluation_page(found).endswith("</html>") and all(m.value == m.value for m in found.measures)
 
 

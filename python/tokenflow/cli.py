@@ -27,8 +27,8 @@ class RunOptions:
     """Type of the networks; the quantizer always works in float32."""
     device: str | None = None
     """Where the model runs; by default this process's GPU where there is one."""
-    resize: Literal["area", "bicubic"] = "area"
-    """How a data set's pictures are made small: averaged, as single files are, or as the model's image processor does."""
+    resize: Literal["area", "bicubic", "model"] = "area"
+    """How pictures are made small: averaged, bicubic, or as the model's authors do (UniTok: bilinear to 9/8, then the middle)."""
 
 
 @dataclass

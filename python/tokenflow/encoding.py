@@ -76,9 +76,9 @@ def batches(
     Raises:
         ValueError: none is readable.
     """
-    chunks, broken = _chunks(range(len(entries)), running.batch), []
+    chunks, broken, crop = _chunks(range(len(entries)), running.batch), [], Crop.of(model, running.resize)
+    print(f"{what}: {crop}", file=sys.stderr)
     with tqdm(total=len(entries), desc=what, unit="picture") as bar:
-        crop = Crop(model.image_size, running.resize)
         for chunk, batch in zip(chunks, loaded(entries, chunks, crop, workers=running.workers), strict=True):
             broken += batch.broken
             if batch.rows:
@@ -127,7 +127,7 @@ def encode_data_set(model: Tokenizer, data: Path, out: Path, running: Running, *
     if not entries:
         reason = f" ({broken[0]})" if broken else ""
         raise ValueError(f"encode: data: wanted at least one picture, got none in {data}{reason}")
-    crop = Crop(model.image_size, running.resize)
+    crop = Crop.of(model, running.resize)
     shards = -(-len(entries) // shard_size)
     names = hashlib.sha256("\n".join(entry.key for entry in entries).encode()).hexdigest()[:16]
     start(out, {
@@ -146,7 +146,7 @@ def encode_data_set(model: Tokenizer, data: Path, out: Path, running: Running, *
     if world == 1 and not read:
         raise ValueError(f"encode: data: wanted at least one readable picture, got none in {data}")
     who = f"rank {rank} of {world}: " if world > 1 else ""
-    print(f"{who}tokens of {read} pictures in {len(found)} shard{'s' * (len(found) != 1)} of {out}")
+    print(f"{who}tokens of {read} pictures in {len(found)} shard{'s' * (len(found) != 1)} of {out}; {crop}")
 
 
 def _write(

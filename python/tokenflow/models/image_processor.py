@@ -17,6 +17,8 @@ from torch import Tensor
 from tokenflow.files import write_whole
 
 FILE = "preprocessor_config.json"
+LONGEST = 32
+"""Sides of the result that a resized picture is long at most before only its middle is computed."""
 
 
 class Batch(dict):
@@ -43,6 +45,8 @@ class ImageProcessor:
 
     Args:
         size: side of the images, or height and width.
+        cover: side, or height and width, that the resized picture covers before the middle of it is cut out; by default `size`.
+            A square one is the resized picture's shorter side.
         resample: a filter of Pillow; bicubic by default.
         image_mean: subtracted from values in [0, 1].
         image_std: divides the rest.
@@ -59,6 +63,7 @@ class ImageProcessor:
         self,
         size: int | Sequence[int],
         *,
+        cover: int | Sequence[int] | None = None,
         resample: int = Image.Resampling.BICUBIC,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
@@ -66,6 +71,10 @@ class ImageProcessor:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"ImageProcessor: size: wanted a side, or height and width, got {size}")
+        cover = self.size if cover is None else cover
+        self.cover = (cover, cover) if isinstance(cover, int) else tuple(cover)
+        if len(self.cover) != 2 or any(c < s for c, s in zip(self.cover, self.size)):
+            raise ValueError(f"ImageProcessor: cover: wanted at least the size {self.size}, got {cover}")
         self.resample = Image.Resampling(resample)
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
 
@@ -94,15 +103,30 @@ class ImageProcessor:
 
     def pixels(self, image: Any) -> Tensor:
         """One picture resized and cropped, uint8 [3, H, W], before it is normalised."""
-        image = _picture(image)
-        height, width = self.size
-        scale = max(height / image.height, width / image.width)
-        if scale != 1:
-            grown = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-            image = image.resize(grown, self.resample)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
+        image, (height, width), (high, wide) = _picture(image), self.size, self.cover
+        # Whole pixels as transformers counts them: the longer side is rounded down.
+        if high * image.width >= wide * image.height:
+            grown = (max(wide, high * image.width // image.height), high)
+        else:
+            grown = (wide, max(high, wide * image.height // image.width))
+        left, top = (grown[0] - width) // 2, (grown[1] - height) // 2
+        box = (left, top, left + width, top + height)
+        if max(grown) > LONGEST * max(self.cover):  # of a line of pixels, the whole would fill the memory
+            across, down = image.width / grown[0], image.height / grown[1]
+            around = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+            image = image.resize((width, height), self.resample, box=around)
+        else:
+            image = (image if grown == image.size else image.resize(grown, self.resample)).crop(box)
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+
+    def __str__(self) -> str:
+        """What is done to a picture, as a protocol says it.
+
+        >>> str(ImageProcessor(256, cover=288, resample=Image.Resampling.BILINEAR))
+        'resized to cover 288 x 288, centre crop 256 x 256, bilinear with antialiasing'
+        """
+        before = "" if self.cover == self.size else "resized to cover {} x {}, ".format(*self.cover)
+        return f"{before}centre crop {self.size[0]} x {self.size[1]}, {self.resample.name.lower()} with antialiasing"
 
     def postprocess(self, images: Tensor) -> list[Image.Image]:
         """Pictures of Pillow from images [B, 3, H, W] of `decode`."""
@@ -113,12 +137,12 @@ class ImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """The settings under transformers' names."""
         height, width = self.size
-        square = height == width
+        high, wide = self.cover
         return {
             "image_processor_type": type(self).__name__,
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": height} if square else {"height": height, "width": width},
+            "size": {"shortest_edge": high} if high == wide else {"height": high, "width": wide},
             "resample": int(self.resample),
             "do_center_crop": True,
             "crop_size": {"height": height, "width": width},
@@ -146,9 +170,10 @@ class ImageProcessor:
         if not path.is_file():
             raise FileNotFoundError(f"from_pretrained: folder: wanted a folder with {FILE}, got {folder}")
         values = json.loads(path.read_text())
-        crop = values["crop_size"]
+        crop, cover = values["crop_size"], values["size"]
+        cover = cover.get("shortest_edge") or (cover["height"], cover["width"])
         names = ("resample", "image_mean", "image_std")
-        return cls((crop["height"], crop["width"]), **{name: values[name] for name in names})
+        return cls((crop["height"], crop["width"]), cover=cover, **{name: values[name] for name in names})
 
 
 def as_shown(image: Image.Image) -> Image.Image:

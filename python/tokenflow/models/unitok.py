@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from tokenflow.models import checkpoint, unitok_checkpoint
+from tokenflow.models.image_processor import ImageProcessor
 from tokenflow.models.precision import full, in_full
 from tokenflow.models.projection import AttnProjection
 from tokenflow.models.text import TextTower
@@ -282,6 +284,11 @@ class UniTok(Tokenizer):
                 f"encode: images: wanted [B, 3, H, W] with sides that are multiples of {PATCH}, got {list(images.shape)}"
             )
         return images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def image_processor(self) -> ImageProcessor:
+        """UniTok's own: bilinear to 9/8 of the size (the shorter side to 288 for 256), then the middle."""
+        cover = tuple(side * 9 // 8 for side in self.image_size)
+        return ImageProcessor(self.image_size, cover=cover, resample=Image.Resampling.BILINEAR)
 
     def summary(self) -> dict[str, str]:
         """Rows about the model for a reader."""
