@@ -51,6 +51,54 @@ def test_sixteen_bits_of_grey_become_eight():
     assert torch.equal(ImageProcessor(16).pixels(Image.open(content)), read)
 
 
+def saved(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+GREY16 = Image.fromarray(np.full((20, 20), 200 * 257, dtype=np.uint16))
+RED = Image.new("RGB", (20, 20), (250, 40, 10))
+
+
+@pytest.mark.parametrize(("content", "wanted"), [
+    (saved(RED.convert("CMYK"), "JPEG"), (250, 40, 10)),
+    (saved(RED.convert("CMYK"), "TIFF"), (250, 40, 10)),
+    (saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), (250, 40, 10)),
+    (saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG", transparency=0), (255, 255, 255)),
+    (saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG", transparency=bytes([128] * 256)), (252, 147, 132)),
+    (saved(RED, "PNG", transparency=(250, 40, 10)), (255, 255, 255)),
+    (saved(Image.new("LA", (20, 20), (0, 128)), "PNG"), (127, 127, 127)),
+    (saved(Image.new("1", (20, 20), 0), "PNG"), (0, 0, 0)),
+    (saved(GREY16, "PNG"), (200, 200, 200)),
+    (saved(GREY16, "TIFF"), (200, 200, 200)),
+    (saved(GREY16.convert("I"), "PPM"), (200, 200, 200)),
+    (saved(GREY16, "PNG", transparency=300), (200, 200, 200)),
+    (saved(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (20, 20), "blue")]), (250, 40, 10)),
+    (saved(RED, "WEBP", save_all=True, append_images=[Image.new("RGB", (20, 20), "blue")]), (250, 40, 10)),
+    (saved(Image.new("RGB", (1, 1), "green"), "PNG"), (0, 128, 0)),
+    (saved(Image.new("RGB", (1, 3000), "green"), "PNG"), (0, 128, 0)),
+])  # fmt: skip
+@pytest.mark.parametrize("resize", ["area", "bicubic"])
+def test_pictures_of_every_kind(resize, content, wanted):
+    found = Crop((16, 16), resize)(content).float().flatten(1).mean(1)
+    assert (found - torch.tensor(wanted)).abs().max() < 4
+
+
+def test_values_of_unknown_range_are_no_picture():
+    for values in (np.ones((9, 9), dtype=np.float32), np.ones((9, 9), dtype=np.int32)):
+        with pytest.raises(OSError, match="broken picture: wanted a picture of 8 or 16 bits, got 32"):
+            read_picture(saved(Image.fromarray(values), "TIFF"))
+        with pytest.raises(ValueError, match="wanted a picture of 8 or 16 bits"):
+            ImageProcessor(8)(Image.fromarray(values))
+
+
+def test_warnings_about_metadata_stay_away(monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    read_picture(saved(RED, "PNG"))
+    assert not recwarn.list
+
+
 # The corner of the upright picture whose red quarter each orientation stores at the top left.
 CORNERS = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
            5: "top left", 6: "top right", 7: "bottom right", 8: "bottom left"}  # fmt: skip

@@ -287,6 +287,22 @@ def test_a_folder_of_images_and_shards_gives_both(shards, pictures, tmp_path):
     assert found.entries[-1].caption == "the last" and found.entries[-2].group == "more"
 
 
+def test_names_of_any_bytes(pictures, saved, tmp_path, capsys):
+    content = next(pictures.rglob("*-0.png")).read_bytes()
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in (b"caf\xe9.png", "日本 ☃.PNG".encode(), b"x.heic"):
+        (data / os.fsdecode(name)).write_bytes(b"torn" if name == b"x.heic" else content)
+    main(["encode", str(data), "--model", saved, "--out", str(tmp_path / "tokens")])
+    (shard,) = read_tokens(tmp_path / "tokens")
+    assert sorted(shard.keys) == ["caf\\xe9.png", "日本 ☃.PNG"] and shard.skipped[0].startswith("x.heic: ")
+    main(["encode", str(data / os.fsdecode(b"caf\xe9.png")), "--model", saved])
+    assert '"indices"' in capsys.readouterr().out
+    main(["reconstruct", str(data), "--model", saved, "--out", str(tmp_path / "r")])
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["caf\\xe9.png", "日本 ☃.png"]
+    capsys.readouterr().out.encode()
+
+
 def test_a_member_that_ends_early_is_an_error(shards, tmp_path):
     (tmp_path / "a.tar").write_bytes((shards / "a-000.tar").read_bytes())
     last = data_set(tmp_path).entries[-1]

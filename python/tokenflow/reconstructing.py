@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tokenflow.data.entries import Entry, data_set
 from tokenflow.encoding import Running, batches
 from tokenflow.evaluation.reconstruction import psnr
+from tokenflow.files import printable
 from tokenflow.models import Tokenizer
 from tokenflow.report.pixels import pil_image
 
@@ -60,7 +61,7 @@ def targets(entries: Sequence[Entry], out: Path) -> list[Path]:
         ValueError: two results, or a picture and a result, would be one file.
     """
     # Members of a tar file may be called anything: ../../a.png, or /a.png.
-    keys = [PurePosixPath(Path(e.path).name if e.key == e.path else e.key) for e in entries]
+    keys = [PurePosixPath(PurePosixPath(e.key).name if e.key == printable(e.path) else e.key) for e in entries]
     names = [Path(*(part for part in key.parts if part not in ("/", "//", ".."))) for key in keys]
     plain = [name.with_suffix(".png") for name in names]
     shared = Counter(plain)

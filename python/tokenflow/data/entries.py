@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+from tokenflow.files import printable
+
+SUFFIXES = {f".{suffix}" for suffix in "png jpg jpeg jfif webp avif gif bmp tif tiff jp2 ppm pgm heic heif".split()}
+"""What counts as a picture; one that Pillow cannot read (HEIC, as a rule) is then named instead of passed over."""
 CAPTION_FILE = "captions.csv"
 WANTED = "wanted a folder of images or of tar shards, or one shard"
 
@@ -53,7 +56,7 @@ class Entry:
                 if not path.exists()
                 else f"pictures: wanted image files, got {path}"
             )
-        return cls(str(path), str(path))
+        return cls(printable(str(path)), str(path))
 
     def read(self) -> bytes:
         """The encoded picture.
@@ -104,7 +107,7 @@ def data_set(path: str | Path) -> DataSet:
     texts = {file.with_suffix("") for file in files if file.suffix == ".txt"}
     entries, broken = [], []
     for file in files:
-        key = file.relative_to(path).as_posix()
+        key = printable(file.relative_to(path).as_posix())
         if file.suffix == ".tar":
             found, trouble = tar_entries(file, key)
             entries += found
@@ -144,11 +147,11 @@ def tar_entries(path: Path, name: str) -> tuple[list[Entry], list[str]]:
             trouble.append(f"{name}: broken behind {len(members)} pictures ({error})")
     entries = [
         Entry(
-            f"{name}/{member.name}",
+            printable(f"{name}/{member.name}"),
             str(path),
             member.offset_data,
             member.size,
-            groups.get(_sample(member.name)[0]) or _first_folder(member.name.removeprefix("./")),
+            groups.get(_sample(member.name)[0]) or _first_folder(printable(member.name.removeprefix("./"))),
             captions.get(_sample(member.name)[0], ""),
         )
         for member in members

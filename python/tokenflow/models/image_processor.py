@@ -179,6 +179,9 @@ class ImageProcessor:
 def as_shown(image: Image.Image) -> Image.Image:
     """A picture of any mode as a viewer shows it on a white page: RGB, 8 bits, turned as its EXIF says, transparency filled.
 
+    Raises:
+        ValueError: its values have 32 bits.
+
     >>> camera = Image.new("RGB", (30, 20))
     >>> camera.getexif()[0x0112] = 6  # held upright
     >>> as_shown(camera).size, as_shown(Image.new("I;16", (1, 1), 128 * 257)).getpixel((0, 0))
@@ -193,11 +196,15 @@ def as_shown(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """A 16-bit grey picture in 8 bits, which Pillow would clip to white; any other as it is."""
-    # Older releases of Pillow read a 16-bit PNG as "I".
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    # Pillow reads a 16-bit PGM as "I", and older releases a 16-bit PNG.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         small = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
         small.info.pop("transparency", None)  # a grey of 16 bits, which would be taken for one of 8
         return small
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"wanted a picture of 8 or 16 bits, got 32 (mode {image.mode}), whose black and white are not known"
+        )
     return image
 
 
