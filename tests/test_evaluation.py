@@ -183,7 +183,7 @@ def test_zero_shot_and_retrieval_are_their_formulas(models):
     texts = model.encode_text(words([f"{i} c" for i in range(5)]), normalize=True)
     scores = images[::2] @ texts.T
     for way, table in (("picture to caption", scores), ("caption to picture", scores.T)):
-        ranks = torch.tensor([int((table[i] >= table[i, i]).sum()) for i in range(5)])
+        ranks = torch.tensor([(table[i] >= table[i, i]).sum() for i in range(5)])
         assert found[f"recall@1, {way}"] == pytest.approx((ranks == 1).double().mean().item())
         assert found[f"recall@5, {way}"] == 1.0
     with pytest.raises(ValueError, match="wanted {} for the class in each"):
