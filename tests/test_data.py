@@ -7,9 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from drawn import drawn_folder
 from PIL import Image
 from tokenflow.data import Pictures, emoji, fluent_emoji, image_folder
-from tokenflow.data.entries import caption_of
+from tokenflow.data.entries import caption_of, data_set
 from tokenflow.data.loading import Crop
 from tokenflow.data.pictures import hide_pairs, opened, read_picture, split_by_base
 from tokenflow.errors import Missing
@@ -260,3 +261,26 @@ def test_a_failing_npm_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(Missing, match=r"could not fetch .*\(no such host\)") as caught:
         fluent_emoji(tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+def test_captions_beside_pictures_and_in_a_table(tmp_path):
+    drawn_folder(tmp_path, 1)
+    (tmp_path / "ring" / "red_ring-0.txt").write_text("a red ring \n")
+    (tmp_path / "captions.csv").write_text("file,caption\nring/blue_ring-0.png,a blue one\n")
+    found = {entry.key: entry for entry in data_set(tmp_path).entries}
+    assert found["ring/red_ring-0.png"].caption == "a red ring"
+    assert found["ring/blue_ring-0.png"].caption == "a blue one"
+    assert found["ring/green_ring-0.png"].caption == "" and found["ring/green_ring-0.png"].text == "green ring"
+    assert all(entry.read()[:4] == b"\x89PNG" for entry in found.values())
+
+
+def test_tar_members_that_are_no_files_are_left_out(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        member = tarfile.TarInfo("x/real.png")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    (entry,) = data_set(tmp_path / "a.tar").entries
+    assert entry.key == "a.tar/x/real.png" and entry.group == "x" and entry.read() == b"abc"

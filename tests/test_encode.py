@@ -1,7 +1,6 @@
 """Data sets of folders and tar shards, and their tokens in shards: stopped by a kill, written by two ranks, read back."""
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -261,17 +260,6 @@ def test_a_broken_shard_gives_what_can_be_read_and_is_named(harm, shards, tmp_pa
     assert len(broken) == 1 and broken[0].startswith("b.tar: broken behind")
 
 
-def test_captions_beside_pictures_and_in_a_table(tmp_path):
-    drawn_folder(tmp_path, 1)
-    (tmp_path / "ring" / "red_ring-0.txt").write_text("a red ring \n")
-    (tmp_path / "captions.csv").write_text("file,caption\nring/blue_ring-0.png,a blue one\n")
-    found = {entry.key: entry for entry in data_set(tmp_path).entries}
-    assert found["ring/red_ring-0.png"].caption == "a red ring"
-    assert found["ring/blue_ring-0.png"].caption == "a blue one"
-    assert found["ring/green_ring-0.png"].caption == "" and found["ring/green_ring-0.png"].text == "green ring"
-    assert all(entry.read()[:4] == b"\x89PNG" for entry in found.values())
-
-
 def test_a_folder_of_images_and_shards_gives_both(shards, pictures, tmp_path):
     (tmp_path / "more").mkdir()
     for shard in shards.iterdir():
@@ -405,15 +393,3 @@ def test_pictures_are_read_batch_by_batch(model, tmp_path, capsys):
     assert "2 pictures were skipped" in capsys.readouterr().err
     with pytest.raises(ValueError, match="wanted at least one readable picture"):
         list(batches(model, [Entry.of(paths[2])], Running(), "reading"))
-
-
-def test_tar_members_that_are_no_files_are_left_out(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        link = tarfile.TarInfo("link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-        member = tarfile.TarInfo("x/real.png")
-        member.size = 3
-        tar.addfile(member, io.BytesIO(b"abc"))
-    (entry,) = data_set(tmp_path / "a.tar").entries
-    assert entry.key == "a.tar/x/real.png" and entry.group == "x" and entry.read() == b"abc"
