@@ -88,3 +88,14 @@ def poisoned(request):
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny layers, which gain nothing from a second thread, and lose much where another process wants the same cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

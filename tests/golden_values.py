@@ -147,3 +147,9 @@ def value(key: str, shape: list[int], salt: int) -> np.ndarray:
         return np.float32(1.0) + np.float32(0.02) * n if key.endswith(".weight") else np.float32(0.02) * n
     fan = shape[0] if key.endswith("text_projection") else math.prod(shape[1:])
     return n * np.float32(fan**-0.5)
+
+
+def published_shapes(name: str) -> dict[str, list[int]]:
+    """Names and shapes of a published model."""
+    table = json.loads((FOLDER / "state_dict_keys" / f"{name}.json").read_text())
+    return {key: entry["shape"] for key, entry in table["tensors"].items()}

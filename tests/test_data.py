@@ -7,10 +7,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from drawn import drawn_folder
 from PIL import Image
 from tokenflow.data import Pictures, emoji, fluent_emoji, image_folder
-from tokenflow.data.entries import caption_of
-from tokenflow.data.pictures import hide_pairs, read_picture, split_by_base
+from tokenflow.data.entries import caption_of, data_set
+from tokenflow.data.loading import Crop
+from tokenflow.data.pictures import hide_pairs, opened, read_picture, split_by_base
 from tokenflow.errors import Missing
 from tokenflow.models import ImageProcessor
 
@@ -50,9 +52,100 @@ def test_sixteen_bits_of_grey_become_eight():
     assert torch.equal(ImageProcessor(16).pixels(Image.open(content)), read)
 
 
+def saved(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+GREY16 = Image.fromarray(np.full((20, 20), 200 * 257, dtype=np.uint16))
+RED = Image.new("RGB", (20, 20), (250, 40, 10))
+
+
+@pytest.mark.parametrize(("content", "wanted"), [
+    (saved(RED.convert("CMYK"), "JPEG"), (250, 40, 10)),
+    (saved(RED.convert("CMYK"), "TIFF"), (250, 40, 10)),
+    (saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), (250, 40, 10)),
+    (saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG", transparency=0), (255, 255, 255)),
+    (saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG", transparency=bytes([128] * 256)), (252, 147, 132)),
+    (saved(RED, "PNG", transparency=(250, 40, 10)), (255, 255, 255)),
+    (saved(Image.new("LA", (20, 20), (0, 128)), "PNG"), (127, 127, 127)),
+    (saved(Image.new("1", (20, 20), 0), "PNG"), (0, 0, 0)),
+    (saved(GREY16, "PNG"), (200, 200, 200)),
+    (saved(GREY16, "TIFF"), (200, 200, 200)),
+    (saved(GREY16.convert("I"), "PPM"), (200, 200, 200)),
+    (saved(GREY16, "PNG", transparency=300), (200, 200, 200)),
+    (saved(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (20, 20), "blue")]), (250, 40, 10)),
+    (saved(RED, "WEBP", save_all=True, append_images=[Image.new("RGB", (20, 20), "blue")]), (250, 40, 10)),
+    (saved(Image.new("RGB", (1, 1), "green"), "PNG"), (0, 128, 0)),
+    (saved(Image.new("RGB", (1, 3000), "green"), "PNG"), (0, 128, 0)),
+])  # fmt: skip
+@pytest.mark.parametrize("resize", ["area", "bicubic"])
+def test_pictures_of_every_kind(resize, content, wanted):
+    found = Crop((16, 16), resize)(content).float().flatten(1).mean(1)
+    assert (found - torch.tensor(wanted)).abs().max() < 4
+
+
+def test_values_of_unknown_range_are_no_picture():
+    for values in (np.ones((9, 9), dtype=np.float32), np.ones((9, 9), dtype=np.int32)):
+        with pytest.raises(OSError, match="broken picture: wanted a picture of 8 or 16 bits, got 32"):
+            read_picture(saved(Image.fromarray(values), "TIFF"))
+        with pytest.raises(ValueError, match="wanted a picture of 8 or 16 bits"):
+            ImageProcessor(8)(Image.fromarray(values))
+
+
+def test_warnings_about_metadata_stay_away(monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    read_picture(saved(RED, "PNG"))
+    assert not recwarn.list
+
+
+# The corner of the upright picture whose red quarter each orientation stores at the top left.
+CORNERS = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
+           5: "top left", 6: "top right", 7: "bottom right", 8: "bottom left"}  # fmt: skip
+
+
+def turned(orientation, form, side=(48, 32)):
+    """A file whose upper left quarter is red as stored, and which says how it is to be turned."""
+    image = Image.new("RGB", side, "blue")
+    image.paste((255, 0, 0), (0, 0, side[0] // 2, side[1] // 2))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(buffer, form, exif=exif, **({"quality": 95} if form == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", CORNERS)
+def test_pictures_stand_upright(orientation, form):
+    content = turned(orientation, form)
+    shown = opened(content)
+    assert shown.size == ((48, 32) if orientation < 5 else (32, 48)) and shown.mode == "RGB"
+    size = shown.size[::-1]
+    for read in (
+        read_picture(content, size),
+        Crop(size, "bicubic")(content),
+        ImageProcessor(size).pixels(Image.open(io.BytesIO(content))),
+    ):
+        red = read[0].float() - read[2].float() > 0
+        rows, columns = (red.float().mean(d) for d in (1, 0))
+        high, left = (
+            rows[: size[0] // 2].sum() > rows[size[0] // 2 :].sum(),
+            columns[: size[1] // 2].sum() > columns[size[1] // 2 :].sum(),
+        )
+        assert f"{'top' if high else 'bottom'} {'left' if left else 'right'}" == CORNERS[orientation]
+        assert float(red.float().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+def test_torn_exif_is_no_broken_picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "JPEG", exif=b"Exif\0\0II*\0nonsense that ends")
+    assert (read_picture(buffer.getvalue(), 8)[0] > 250).all()
+
+
 def test_a_picture_too_large_to_be_true_is_an_os_error(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(OSError, match="broken picture: Image size .1600 pixels."):
+    with pytest.raises(OSError, match="picture too large: 1600 pixels, more than 200 "):
         read_picture(encoded((1, 2, 3)))
 
 
@@ -168,3 +261,26 @@ def test_a_failing_npm_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(Missing, match=r"could not fetch .*\(no such host\)") as caught:
         fluent_emoji(tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+def test_captions_beside_pictures_and_in_a_table(tmp_path):
+    drawn_folder(tmp_path, 1)
+    (tmp_path / "ring" / "red_ring-0.txt").write_text("a red ring \n")
+    (tmp_path / "captions.csv").write_text("file,caption\nring/blue_ring-0.png,a blue one\n")
+    found = {entry.key: entry for entry in data_set(tmp_path).entries}
+    assert found["ring/red_ring-0.png"].caption == "a red ring"
+    assert found["ring/blue_ring-0.png"].caption == "a blue one"
+    assert found["ring/green_ring-0.png"].caption == "" and found["ring/green_ring-0.png"].text == "green ring"
+    assert all(entry.read()[:4] == b"\x89PNG" for entry in found.values())
+
+
+def test_tar_members_that_are_no_files_are_left_out(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        member = tarfile.TarInfo("x/real.png")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    (entry,) = data_set(tmp_path / "a.tar").entries
+    assert entry.key == "a.tar/x/real.png" and entry.group == "x" and entry.read() == b"abc"

@@ -15,14 +15,7 @@ from tokenflow.models.tokenflow import TokenFlow
 from tokenflow.report.charts import bar_chart, line_chart, ticks
 from tokenflow.report.pixels import data_uri, sheet
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Data sets of folders and tar shards, and their tokens in shards: stopped by a kill, written by two ranks, read back."""
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -15,24 +14,16 @@ from drawn import drawn_folder, drawn_tar
 from PIL import Image
 from tokenflow import encoding
 from tokenflow.cli import main
-from tokenflow.commands import read_each
-from tokenflow.data.entries import data_set
+from tokenflow.data.entries import Entry, data_set
 from tokenflow.data.loading import Crop, Loaded, as_float, loaded
 from tokenflow.data.pictures import read_picture
 from tokenflow.data.tokens import read_tokens, start
-from tokenflow.encoding import Running, encode_data_set
+from tokenflow.encoding import Running, batches, encode_data_set
 from tokenflow.files import write_whole
 from tokenflow.models import TokenFlow, UniTok
 from tokenflow.models.unitok import Config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -269,15 +260,35 @@ def test_a_broken_shard_gives_what_can_be_read_and_is_named(harm, shards, tmp_pa
     assert len(broken) == 1 and broken[0].startswith("b.tar: broken behind")
 
 
-def test_captions_beside_pictures_and_in_a_table(tmp_path):
-    drawn_folder(tmp_path, 1)
-    (tmp_path / "ring" / "red_ring-0.txt").write_text("a red ring \n")
-    (tmp_path / "captions.csv").write_text("file,caption\nring/blue_ring-0.png,a blue one\n")
-    found = {entry.key: entry for entry in data_set(tmp_path).entries}
-    assert found["ring/red_ring-0.png"].caption == "a red ring"
-    assert found["ring/blue_ring-0.png"].caption == "a blue one"
-    assert found["ring/green_ring-0.png"].caption == "" and found["ring/green_ring-0.png"].text == "green ring"
-    assert all(entry.read()[:4] == b"\x89PNG" for entry in found.values())
+def test_a_folder_of_images_and_shards_gives_both(shards, pictures, tmp_path):
+    (tmp_path / "more").mkdir()
+    for shard in shards.iterdir():
+        (tmp_path / "more" / shard.name).write_bytes(shard.read_bytes())
+    for name in ("a.png", "more/b.png", "z.png"):
+        (tmp_path / name).write_bytes(next(pictures.rglob("*-0.png")).read_bytes())
+    (tmp_path / "z.txt").write_text("the last")
+    with tarfile.open(tmp_path / "backup.tar", "w"):
+        pass
+    found = data_set(tmp_path)
+    inside = [f"more/{entry.key}" for entry in data_set(shards).entries]
+    assert [e.key for e in found.entries] == ["a.png", *inside, "more/b.png", "z.png"] and not found.broken
+    assert found.entries[-1].caption == "the last" and found.entries[-2].group == "more"
+
+
+def test_names_of_any_bytes(pictures, saved, tmp_path, capsys):
+    content = next(pictures.rglob("*-0.png")).read_bytes()
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in (b"caf\xe9.png", "日本 ☃.PNG".encode(), b"x.heic"):
+        (data / os.fsdecode(name)).write_bytes(b"torn" if name == b"x.heic" else content)
+    main(["encode", str(data), "--model", saved, "--out", str(tmp_path / "tokens")])
+    (shard,) = read_tokens(tmp_path / "tokens")
+    assert sorted(shard.keys) == ["caf\\xe9.png", "日本 ☃.PNG"] and shard.skipped[0].startswith("x.heic: ")
+    main(["encode", str(data / os.fsdecode(b"caf\xe9.png")), "--model", saved])
+    assert '"indices"' in capsys.readouterr().out
+    main(["reconstruct", str(data), "--model", saved, "--out", str(tmp_path / "r")])
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["caf\\xe9.png", "日本 ☃.png"]
+    capsys.readouterr().out.encode()
 
 
 def test_a_member_that_ends_early_is_an_error(shards, tmp_path):
@@ -288,13 +299,15 @@ def test_a_member_that_ends_early_is_an_error(shards, tmp_path):
         last.read()
 
 
-def test_grouped_ids_keep_their_shape(pictures, tmp_path):
+def test_grouped_ids_keep_their_shape(pictures, tmp_path, capsys):
     torch.manual_seed(0)
     unitok = UniTok(Config(
         image_size=64, widths=(4, 8), dim=16, depth=1, heads=2, groups=2, codebook_size=32, code_dim=8,
         projection_heads=2, embed_dim=12, text_width=16, text_heads=2, text_depth=1, context=9, vocabulary=40,
     )).eval()  # fmt: skip
-    encode_data_set(unitok, pictures / "ring", tmp_path, Running(batch=3), shard_size=5)
+    encode_data_set(unitok, pictures / "ring", tmp_path, Running(batch=3, resize="model"), shard_size=5)
+    protocol = "resized to cover 72 x 72, centre crop 64 x 64, bilinear with antialiasing"
+    assert json.loads((tmp_path / "encode.json").read_text())["crop"] == protocol in capsys.readouterr().out
     indices = torch.cat([shard.indices for shard in read_tokens(tmp_path)])
     assert indices.shape == (8, 2, 16) and unitok.decode(indices).shape == (8, 3, 64, 64)
     about = encoding.about_shard(tmp_path / "tokens-00000.safetensors")
@@ -326,26 +339,6 @@ def test_what_the_user_can_mend_is_one_sentence(arguments, words, saved, tmp_pat
     assert caught.value.code == 1 and words.replace("{d}", folder) in capsys.readouterr().err
 
 
-def test_reconstructions_replace_no_picture_and_no_other(saved, tmp_path, capsys):
-    for name in ("a.png", "b/a.png", "b/c.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (9, 9), "red").save(tmp_path / name)
-    for pictures, out in (
-        (["a.png"], "."),
-        (["a.png", "b/a.png"], "out"),
-        (["b/a.png", "a.png"], "b"),
-    ):
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-        with pytest.raises(SystemExit) as caught:
-            main(
-                ["reconstruct", *(str(tmp_path / p) for p in pictures), "--model", saved, "--out", str(tmp_path / out)]
-            )
-        assert caught.value.code == 1 and "wanted a file of its own for" in capsys.readouterr().err
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
-    main(["reconstruct", str(tmp_path / "b" / "c.jpg"), "--model", saved, "--out", str(tmp_path / "b")])
-    assert (tmp_path / "b" / "c.png").is_file()
-
-
 def test_a_broken_shard_of_tokens_is_a_sentence_and_can_be_written_again(pictures, saved, tmp_path, capsys):
     command = ["encode", str(pictures), "--model", saved, "--out", str(tmp_path), "--shard-size", "7"]
     main(command)
@@ -363,25 +356,40 @@ def test_a_broken_shard_of_tokens_is_a_sentence_and_can_be_written_again(picture
     assert shard.read_bytes() == good
 
 
-def test_pictures_are_read_one_by_one(tmp_path, capsys):
+def test_a_few_pictures_are_lines_as_the_options_say(saved, model, pictures, tmp_path, capsys):
+    paths = [pictures / "cut.jpg", *sorted(pictures.rglob("*-0.png"))[:5]]
+    found = []
+    for options, crop, dtype in (
+        ([], Crop((64, 64)), torch.float32),
+        (["--resize", "bicubic", "--batch", "2", "--dtype", "bfloat16"], Crop((64, 64), "bicubic"), torch.bfloat16),
+    ):
+        main(["encode", *map(str, paths), "--model", saved, *options])
+        said = capsys.readouterr()
+        lines = [json.loads(line) for line in said.out.splitlines()]
+        assert [line["file"] for line in lines] == [str(path) for path in paths[1:]]
+        assert f"1 picture was skipped: {paths[0]}: " in said.err
+        running = Running(dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
+        twin = running.place(TokenFlow.from_pretrained(saved))
+        images = as_float(torch.stack([crop(path.read_bytes()) for path in paths[1:]]))
+        ids = torch.tensor([sum(line["indices"], []) for line in lines])
+        # A batch of another size may round features otherwise.
+        assert (ids == twin.encode(images)).float().mean() > 0.99
+        found.append(ids)
+    assert (found[0] == found[1]).float().mean() < 0.9
+    with pytest.raises(SystemExit):
+        main(["encode", str(tmp_path / "absent.png"), "--model", saved])
+    assert "absent.png, which does not exist" in capsys.readouterr().err
+
+
+def test_pictures_are_read_batch_by_batch(model, tmp_path, capsys):
     paths = [tmp_path / f"{i}.png" for i in range(4)]
     for path in paths:
         Image.new("RGB", (9, 9), "red").save(path)
     paths[2].write_bytes(b"torn")
-    pictures = read_each(paths, (8, 8))
-    assert next(pictures)[0] == paths[0]
+    read = batches(model, [Entry.of(path) for path in paths], Running(batch=1), "reading")
+    assert [e.path for e in next(read)[0]] == [str(paths[0])]
     paths[1].write_bytes(b"torn by now")
-    assert [path for path, _ in pictures] == [paths[3]]
+    assert [[e.path for e in found] for found, _ in read] == [[str(paths[3])]]
     assert "2 pictures were skipped" in capsys.readouterr().err
-
-
-def test_tar_members_that_are_no_files_are_left_out(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        link = tarfile.TarInfo("link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-        member = tarfile.TarInfo("x/real.png")
-        member.size = 3
-        tar.addfile(member, io.BytesIO(b"abc"))
-    (entry,) = data_set(tmp_path / "a.tar").entries
-    assert entry.key == "a.tar/x/real.png" and entry.group == "x" and entry.read() == b"abc"
+    with pytest.raises(ValueError, match="wanted at least one readable picture"):
+        list(batches(model, [Entry.of(paths[2])], Running(), "reading"))

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import re
 
 import inception_weights
@@ -19,7 +18,6 @@ from tokenflow.evaluation import features as lite
 from tokenflow.evaluation import run
 from tokenflow.evaluation.classes import ProbeMeter
 from tokenflow.evaluation.distribution import DistributionMeter, frechet, kid
-from tokenflow.evaluation.inception import Inception, installed_weights, resized
 from tokenflow.evaluation.measure import PairMeter, Seen, rounded
 from tokenflow.evaluation.reconstruction import code_use, psnr
 from tokenflow.evaluation.run import Brought, evaluate_data_set, round_trip
@@ -30,22 +28,11 @@ from tokenflow.losses.perceptual import random_weights
 from tokenflow.models import VQVAE, TokenFlow, UniTok, unitok, vqvae
 from tokenflow.report.evaluation import evaluation_page
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("data_range", [1.0, 2.0])
@@ -79,94 +66,6 @@ def test_ssim_of_flat_pictures_and_of_none():
     for bad in (flat[0], flat.expand(2, -1, -1, -1)):  # which would be compared by broadcasting
         with pytest.raises(ValueError, match="psnr: images: wanted two"):
             psnr(bad, flat)
-
-
-def test_frechet_is_its_formula():
-    x, y = randn(60, 7) @ randn(7, 7, seed=2), randn(80, 7, seed=1) + 0.5
-    sx, sy = x.T.cov(), y.T.cov()
-    root = torch.linalg.eigvals(sx @ sy).sqrt().real.sum()
-    want = (x.mean(0) - y.mean(0)).square().sum() + sx.trace() + sy.trace() - 2 * root
-    assert frechet(x, y) == pytest.approx(want.item(), rel=1e-10) and frechet(x, y) == pytest.approx(
-        frechet(y, x), rel=1e-10
-    )
-    assert frechet(x, x) < 1e-10 and frechet(x, x + 2) == pytest.approx(4 * 7, rel=1e-10)
-
-
-@pytest.mark.parametrize("n", [2, 5, 40, 41, 60])
-def test_frechet_with_fewer_pictures_than_dimensions(n):
-    # Scaling by s: tr S (1 - s)^2, whatever the rank. A root of the product of covariances loses half of the digits here.
-    x = 1e3 * randn(n, 40, seed=n)
-    x = x - x.mean(0)
-    want = 1e-12 * x.T.cov().trace().item()
-    assert frechet(x, x * (1 + 1e-6)) == pytest.approx(want, rel=1e-3, abs=1e-9 * x.square().sum().item() / n)
-    assert frechet(x, 3 * x) == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-10)
-
-
-def test_kid_is_its_formula_and_leaves_out_a_pictures_own_reconstruction():
-    x, y = randn(12, 5), randn(12, 5, seed=1) + 0.3
-    kernel = lambda a, b: (a @ b / 5 + 1) ** 3  # noqa: E731
-    pairs = [(i, j) for i in range(12) for j in range(12) if i != j]
-    want = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) - kernel(x[i], y[j]) - kernel(x[j], y[i]) for i, j in pairs)
-    value, error = kid(x, y)
-    assert value == pytest.approx((want / len(pairs)).item(), rel=1e-10) and error is None
-    assert kid(x, x)[0] == pytest.approx(0.0, abs=1e-12)
-    value, error = kid(x, y, block=4)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    blocks = torch.tensor([kid(x[rows], y[rows])[0] for rows in order.split(4)], dtype=torch.float64)
-    assert value == pytest.approx(blocks.mean().item(), rel=1e-10)
-    assert error == pytest.approx(blocks.std().item() / math.sqrt(3), rel=1e-10)
-
-
-def test_kid_of_equal_distributions_is_zero_on_average():
-    values = [kid(randn(30, 4, seed=s), randn(30, 4, seed=1000 + s))[0] for s in range(100)]
-    assert abs(torch.tensor(values).mean()) < 3 * torch.tensor(values).std() / 10
-
-
-@pytest.mark.parametrize("function", [frechet, kid])
-def test_bad_features_are_a_sentence(function):
-    good = torch.zeros(3, 4)
-    for x, y in ((good[:1], good), (good, good[:, :2]), (good[0], good), (torch.full((3, 4), torch.nan), good)):
-        with pytest.raises(ValueError, match=f"{function.__name__}: x: wanted"):
-            function(x, y)
-    with pytest.raises(ValueError, match="kid: y: wanted as many rows as x, 3, got 2"):
-        kid(good, good[:2])
-
-
-def test_inception_gives_what_torch_fidelity_gives():
-    # Made by calling torch-fidelity 0.4.0 with the same weights; largest difference of all 4096 numbers there 2.4e-6.
-    found = Inception(inception_weights.state())(inception_weights.pictures())
-    expected = torch.tensor([
-        [0.04555152, 0.008758641, 0.3120324, 0.6506462, 0.0, 0.4641135, 0.01399832, 0.05627925],
-        [0.02492255, 0.01556394, 0.1955451, 0.7608021, 0.0, 0.3441325, 0.04204762, 0.03874463],
-    ])  # fmt: skip
-    assert found.shape == (2, 2048)
-    torch.testing.assert_close(found[:, ::256], expected, rtol=1e-4, atol=1e-5)
-    sums, norms = found.double().sum(1), found.double().square().sum(1).sqrt()
-    torch.testing.assert_close(sums, torch.tensor([1282.40881, 1080.96479], dtype=torch.float64), rtol=1e-5, atol=0)
-    torch.testing.assert_close(norms, torch.tensor([46.2883941, 39.0687237], dtype=torch.float64), rtol=1e-5, atol=0)
-
-
-def test_inception_refuses_other_weights_and_finds_its_file(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="the 94 convolutions of FID's network, got 1"):
-        Inception({"a.conv.weight": torch.zeros(1)})
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert installed_weights() is None
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").touch()
-    assert installed_weights() is not None
-
-
-def test_resizing_starts_at_the_corner():
-    x = rand(1, 1, 5, 3)
-    out = resized(x.float(), 7)[0, 0].double()
-    for i in range(7):
-        for j in range(7):
-            a, b = i * 5 / 7, j * 3 / 7
-            i0, j0 = int(a), int(b)
-            i1, j1, u, v = min(i0 + 1, 4), min(j0 + 1, 2), a - i0, b - j0
-            t = x[0, 0]
-            want = (1 - u) * ((1 - v) * t[i0, j0] + v * t[i0, j1]) + u * ((1 - v) * t[i1, j0] + v * t[i1, j1])
-            assert out[i, j].item() == pytest.approx(want.item(), abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +183,7 @@ def test_zero_shot_and_retrieval_are_their_formulas(models):
     texts = model.encode_text(words([f"{i} c" for i in range(5)]), normalize=True)
     scores = images[::2] @ texts.T
     for way, table in (("picture to caption", scores), ("caption to picture", scores.T)):
-        ranks = torch.tensor([int((table[i] >= table[i, i]).sum()) for i in range(5)])
+        ranks = torch.tensor([(table[i] >= table[i, i]).sum() for i in range(5)])
         assert found[f"recall@1, {way}"] == pytest.approx((ranks == 1).double().mean().item())
         assert found[f"recall@5, {way}"] == 1.0
     with pytest.raises(ValueError, match="wanted {} for the class in each"):
@@ -387,11 +286,17 @@ def test_every_kind_of_tokenizer_can_be_evaluated(kind, files, pictures, models,
     monkeypatch.setattr(run, "TextTokenizer", lambda path, context: words)
     (files / "classes.csv").write_text("class,name\nring,a ring\n")
     brought = Brought(words=files, classes=files / "classes.csv", probe=20)
-    found = evaluate_data_set(models[kind], "m", pictures, Running(batch=16, resize="bicubic"), brought)
+    found = evaluate_data_set(models[kind], "m", pictures, Running(batch=16, resize="model"), brought)
     names = {m.name for m in found.measures}
     assert ("zero-shot accuracy" in names) == (kind == "unitok") == ("linear probe, image vector" in names)
     assert ("zero-shot and retrieval: a VQVAE has no text tower" in found.missing) == (kind == "vqvae")
-    assert {"PSNR", "linear probe, codes, 8 x 8", "perplexity"} <= names and "bicubic" in found.common()
+    assert {"PSNR", "linear probe, codes, 8 x 8", "perplexity"} <= names
+    crop = (
+        "resized to cover 72 x 36, centre crop 64 x 32, bilinear"
+        if kind == "unitok"
+        else "centre crop 32 x 48, bicubic"
+    )
+    assert crop in found.common()
     assert evaluation_page(found).endswith("</html>") and all(m.value == m.value for m in found.measures)
 
 

@@ -1,6 +1,7 @@
 """The generator on a tiny random tokenizer: exactness of draft, head, mask and cache, and repeatable training and sampling."""
 
 import itertools
+import json
 import os
 import signal
 
@@ -334,6 +335,14 @@ def test_saved_and_loaded_generators_write_the_same_pictures(tokenizer, model, t
     assert first.shape == (2, 3, 32, 32) and first.abs().max() <= 1 and torch.equal(first, second)
     with pytest.raises(FileNotFoundError, match="Generator.from_pretrained: folder: wanted"):
         Generator.from_pretrained(tmp_path / "nothing")
+    # Other words of the same number: every shape agrees, and a caption would mean something else.
+    other = json.loads((tmp_path / "config.json").read_text())
+    other["vocabulary"]["words"] = other["vocabulary"]["words"][::-1]
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(
+        ValueError, match="of one model, got .* where they differ in vocabulary: a saving was interrupted"
+    ):
+        Generator.from_pretrained(tmp_path)
 
 
 def test_figures_mark_what_was_never_seen(tokenizer, model, pictures, coded):

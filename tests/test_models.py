@@ -1,8 +1,7 @@
-"""The models' parts at small sizes: towers against transformers, positions, other sizes, training, files, the hub, pictures."""
+"""The models' parts at small sizes: towers against transformers, positions, other sizes, half precision, examples."""
 
 import doctest
 import importlib
-import json
 import os
 import pkgutil
 import subprocess
@@ -14,32 +13,11 @@ import pytest
 import tokenflow.models
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from released_files import small_file
-from tokenflow.errors import Missing
-from tokenflow.models import VQVAE, ImageProcessor, TokenFlow, Tokenizer, vit
+from small_models import CLIP, CONFIGS, SIGLIP, VITAMIN, images_of, small
+from tokenflow.models import VQVAE, TokenFlow, Tokenizer, vit
 from tokenflow.models.semantic import Tower
-from tokenflow.models.tokenflow import PRESETS, Config
-
-SIZES = {"semantic_dim": 6, "pixel_dim": 2, "codebook_size": 64, "pixel_weight": 1.0, "update": "gradient",
-         "dead_code_threshold": 0.0, "latent": 8, "teacher_dim": 10, "decoder_depth": 1, "decoder_heads": 2,
-         "widths": (8, 8, 16), "decoder_widths": (8, 8, 16), "decoder_grid": 4}  # fmt: skip
-CLIP = Config(image_size=16, scales=(1, 2, 4), **SIZES,
-              tower=Tower("clip", width=24, depth=2, heads=3, hidden=40, patch=4, grid=4))  # fmt: skip
-SIGLIP = Config(image_size=23, scales=(1, 2, 3, 4), **SIZES,
-                tower=Tower("siglip", width=24, depth=2, heads=3, hidden=40, patch=5, grid=4))  # fmt: skip
-VITAMIN = Config(image_size=64, scales=(1, 2, 4), **{**SIZES, "widths": (8, 8, 8, 8, 16), "decoder_widths": (8, 8, 8, 8, 16)},
-                 tower=Tower("vitamin", width=24, depth=2, heads=3, hidden=48, patch=16, grid=4, stages=(8, 16)))  # fmt: skip
-CONFIGS = {"clip": CLIP, "siglip": SIGLIP, "vitamin": VITAMIN}
-
-
-def small(config):
-    torch.manual_seed(0)
-    return TokenFlow(config).eval()
-
-
-def images_of(model, batch=2):
-    return torch.rand(batch, 3, *model.image_size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+from tokenflow.models.tokenflow import PRESETS
 
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(tokenflow.models.__path__)])
@@ -242,58 +220,6 @@ def test_half_precision_keeps_the_quantizer_and_the_last_layer_in_float32():
     assert half.quantizer.codebooks()[0].dtype == torch.float32 and half.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_saved_and_loaded(name, tmp_path):
-    size = (32, 64) if name == "vitamin" else (20, 30)
-    model = small(CONFIGS[name]).resize(size, scales=(1, (2, 3)))
-    model.save_pretrained(tmp_path)
-    again = Tokenizer.from_pretrained(tmp_path)
-    assert type(again) is TokenFlow and again.config == model.config and not again.training
-    assert torch.equal(again.encode(images_of(model)), model.encode(images_of(model)))
-    assert ImageProcessor.from_pretrained(tmp_path).size == size
-    values = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**values, "colour": 1}))
-    with pytest.raises(ValueError, match="wanted fields of a Config, got colour"):
-        TokenFlow.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**values, "model": "other"}))
-    with pytest.raises(ValueError, match="wanted a tokenflow or .*vqvae.* model"):
-        Tokenizer.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("config.json", b"{", "wanted JSON in .*config.json"),
-    ("config.json", b"[]", "got another in"),
-    ("config.json", b'{"model": ["vqvae"]}', "got another in"),
-    ("config.json", b'{"model": "vqvae", "dim": {"a": 1}}', "dim: wanted a plain value"),
-    ("config.json", b'{"model": "vqvae", "image_size": 32, "scales": [2], "widths": [8, 16]}', "describes, got .*Missing key"),
-    ("model.safetensors", b"", "got .*header too small"),
-    ("model.safetensors", None, "got .*not fully covered"),
-])  # fmt: skip
-def test_a_broken_folder_is_a_sentence(name, content, words, tmp_path):
-    VQVAE(VQVAE.config_type(image_size=32, scales=(1, 2), dim=4, codebook_size=8, widths=(8, 8))).save_pretrained(
-        tmp_path
-    )
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9] if content is None else content)
-    with pytest.raises(ValueError, match=f"from_pretrained: .*{words}") as caught:
-        Tokenizer.from_pretrained(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_saving_that_dies_leaves_the_model_that_was_there(tmp_path, monkeypatch):
-    model = VQVAE(VQVAE.config_type(image_size=32, scales=(1, 2), dim=4, codebook_size=8, widths=(8, 8)))
-    model.save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def dying(tensors, path):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tokenflow.models.model.save_file", dying)
-    with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(tmp_path)
-    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
-
-
 def test_sizes_that_cannot_be_are_told_when_the_model_is_made():
     tiny = TokenFlow.from_preset("tokenflow-tiny")
     for scales, words in (((), "a list of at least one"), (16, "a list of at least one"), ((True, 16), "an integer")):
@@ -327,100 +253,3 @@ def test_presets_are_listed():
     assert type(Tokenizer.from_preset("tokenflow-tiny")) is TokenFlow
     with pytest.raises(ValueError, match="wanted one of clip, siglip, vitamin"):
         Tower("resnet", 8, 1, 1, 8, 4, 4).build()
-
-
-def test_a_repository_of_the_hub_from_its_cache(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    model, commit = small(CLIP), "0" * 40
-    home = tmp_path / "models--owner--small"
-    model.save_pretrained(home / "snapshots" / commit)
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text(commit)
-    again = TokenFlow.from_pretrained("owner/small", cache_dir=tmp_path, local_files_only=True)
-    assert torch.equal(again.encode(images_of(model)), model.encode(images_of(model)))
-    with pytest.raises(FileNotFoundError, match="got owner/absent") as caught:
-        TokenFlow.from_pretrained("owner/absent", cache_dir=tmp_path, local_files_only=True)
-    assert "\n" not in str(caught.value)
-
-
-def test_without_the_hubs_package(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(Missing, match="pip install huggingface_hub"):
-        TokenFlow.from_pretrained("owner/small")
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        TokenFlow.from_pretrained(tmp_path / "owner")
-
-
-def test_push_to_the_hub(monkeypatch):
-    class HfApi:
-        sent = []
-
-        def __init__(self, token):
-            self.token = token
-
-        def create_repo(self, name, private, exist_ok):
-            assert exist_ok
-            return f"https://hub/{name}"
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            again = TokenFlow.from_pretrained(folder_path)
-            self.sent.append((repo_id, again.config, self.token))
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", type("hub", (), {"HfApi": HfApi}))
-    assert small(CLIP).push_to_hub("owner/small", token="secret") == "https://hub/owner/small"
-    assert HfApi.sent == [("owner/small", CLIP, "secret")]
-
-
-def picture(width, height):
-    pixels = np.random.default_rng(0).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-
-
-@pytest.mark.parametrize(("width", "height"), [(100, 60), (40, 90), (32, 32), (20, 25)])
-def test_pictures_are_resized_cropped_and_normalised(width, height):
-    image = picture(width, height)
-    values = ImageProcessor(32)(image).pixel_values
-    short = 32 / min(width, height)
-    grown = image.resize((max(32, round(width * short)), max(32, round(height * short))), Image.Resampling.BICUBIC)
-    left, top = (grown.width - 32) // 2, (grown.height - 32) // 2
-    expected = np.asarray(grown, dtype=np.float64)[top : top + 32, left : left + 32] / 127.5 - 1
-    torch.testing.assert_close(values[0].double(), torch.from_numpy(expected).permute(2, 0, 1), atol=1e-6, rtol=0)
-
-
-def test_image_processor_is_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    ours = ImageProcessor(32)
-    ours.save_pretrained(tmp_path)
-    try:
-        theirs = kind.from_pretrained(tmp_path)
-        expected = theirs(picture(100, 64), return_tensors="pt").pixel_values
-    except ImportError as error:
-        pytest.skip(str(error).splitlines()[0])
-    torch.testing.assert_close(ours(picture(100, 64)).pixel_values, expected, atol=1e-6, rtol=0)
-
-
-def test_image_processor_reads_and_refuses():
-    processor, image = ImageProcessor((16, 24)), picture(50, 40)
-    array = np.asarray(image)
-    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    values = processor([image, array, tensor]).pixel_values
-    assert values.shape == (3, 3, 16, 24) and torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
-    assert torch.equal(processor(tensor[None]).pixel_values, values[:1]) and len(processor([]).pixel_values) == 0
-    clear = Image.new("RGBA", (30, 30), (0, 0, 0, 0))
-    assert processor(clear).pixel_values.min() == 1
-    again = processor(processor.postprocess(values)).pixel_values
-    assert torch.equal(again, values)
-    for bad, kind in (
-        (torch.zeros(3, 8, 8), TypeError),
-        ("a.png", TypeError),
-        (torch.zeros(4, 8, 8).byte(), ValueError),
-    ):
-        with pytest.raises(kind, match="ImageProcessor: images: wanted"):
-            processor(bad)
-    with pytest.raises(ValueError, match="return_tensors"):
-        processor(image, return_tensors="np")
-    with pytest.raises(ValueError, match="size"):
-        ImageProcessor((1, 2, 3))
-    with pytest.raises(FileNotFoundError, match="preprocessor_config.json"):
-        ImageProcessor.from_pretrained("nowhere")

@@ -1,66 +1,20 @@
-"""UniTok: the published base model in stages, released files, grids of any shape, gradients, and bad input."""
+"""UniTok: the published base model in stages, grids of any shape, gradients, half precision, and bad input."""
 
-import argparse
+import copy
 import dataclasses
-import json
 import math
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_values import FOLDER, Case, image, value
-from tokenflow.models import Tokenizer
+from golden_values import FOLDER, Case, image, published_shapes, value
+from small_models import UNITOK, images
+from small_models import small_unitok as small
 from tokenflow.models.checkpoint import read
-from tokenflow.models.unitok import PRESETS, Config, UniTok
-from tokenflow.models.unitok_checkpoint import load_clip
+from tokenflow.models.unitok import UniTok
 
-SMALL = Config(
-    image_size=64, widths=(4, 8), dim=16, depth=2, heads=2, groups=4, codebook_size=32, code_dim=8, projection_heads=2,
-    embed_dim=12, text_width=16, text_heads=2, text_depth=1, context=9, vocabulary=40, drop_path=0.0,
-)  # fmt: skip
-
-
-def published_shapes(name: str) -> dict[str, list[int]]:
-    """Names and shapes of a published model."""
-    table = json.loads((FOLDER / "state_dict_keys" / f"{name}.json").read_text())
-    return {key: entry["shape"] for key, entry in table["tensors"].items()}
-
-
-def small(seed: int = 0, **changes) -> UniTok:
-    torch.manual_seed(seed)
-    return UniTok(dataclasses.replace(SMALL, **changes)).eval()
-
-
-def images(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def released(model: UniTok) -> dict[str, torch.Tensor]:
-    """The model's weights as UniTok's authors name them."""
-    state = dict(model.state_dict())
-    books = state.pop("quantizer.codebook.table_0").reshape(model.config.groups, model.config.codebook_size, -1)
-    for k, book in enumerate(books):
-        state[f"quantizer.codebooks.{k}.vocab_usage"] = torch.rand(len(book))
-        state[f"quantizer.codebooks.{k}.codebook.weight"] = book.clone()
-    state["encoder.pos_embed"] = torch.zeros(1, 1, model.config.dim)
-    for part in ("quant_proj", "post_quant_proj") if model.config.projection == "attention" else ():
-        state[f"{part}.attn.zero_k_bias"] = torch.zeros(model.config.dim)
-    return state
-
-
-class Bare(torch.utils.data.Dataset):
-    """Not a type that a weight file may hold."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -119,76 +73,6 @@ def test_published_reconstruction(base, case):
     case.check("reconstruction", y[:, :, 112:144, 112:144], case["rec_crop"])
     case.check("reconstruction", y.mean((2, 3)), case["rec_mean"])
     case.check("reconstruction", y.std((2, 3), unbiased=False), case["rec_std"])
-
-
-@pytest.mark.parametrize(
-    ("table", "preset", "dropped"), [("unitok_base", "unitok-b", 11), ("unitok_large", "unitok-l", 11)]
-)
-def test_released_names_and_shapes(table, preset, dropped):
-    state = {key: torch.zeros(()).expand(shape) for key, shape in published_shapes(table).items()}
-    config = UniTok.recognise(state)
-    assert config == PRESETS[preset]
-    converted = UniTok.convert(state, config)
-    assert sum(map(len, converted.dropped.values())) == dropped
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in UniTok(config).state_dict().items()}
-    assert {name: tensor.shape for name, tensor in converted.state.items()} == wanted
-
-
-@pytest.mark.parametrize("changes", [{}, {"projection": "linear"}, {"groups": 1}])
-def test_released_file(tmp_path, capsys, changes):
-    model = small(**changes)
-    args = OrderedDict(img_size=64, dtype=torch.bfloat16, device="cuda", betas=(0.9, 0.95))
-    trainer = {"config": {}, "unitok": released(model), "disc": {"head.0.weight": torch.zeros(1)}}
-    torch.save({"args": args, "epoch": 1, "iter": 2, "trainer": trainer}, tmp_path / "unitok.pth")
-    loaded = UniTok.from_checkpoint(tmp_path / "unitok.pth", heads=2, projection_heads=2, text_heads=2, image_size=64)
-    said = capsys.readouterr().out
-    assert '(under "trainer.unitok")' in said and "usage counters of training" in said
-    assert "assumed" in said and "projection_causal False (weights do not tell)" in said and "given" in said
-    x = images(2, 3, 64, 64)
-    assert not loaded.training and torch.equal(loaded.reconstruct(x), model.reconstruct(x))
-    assert torch.equal(loaded.encode_image(x), model.encode_image(x))
-    assert type(Tokenizer.from_checkpoint(tmp_path / "unitok.pth", quiet=True)) is UniTok
-    for place in ("ema", "model", "state_dict"):
-        torch.save({place: released(model), "steps": 3}, tmp_path / "other.pth")
-        assert UniTok.from_checkpoint(tmp_path / "other.pth", quiet=True).config == loaded.config.__class__(
-            **{**vars(loaded.config), "image_size": 256, "heads": 1, "projection_heads": 2, "text_heads": 1}
-        )
-    other = UniTok.from_checkpoint(tmp_path / "unitok.pth", heads=1, quiet=True)
-    assert not torch.allclose(other.encode_features(x), model.encode_features(x))
-    with pytest.raises(TypeError, match="head_count: wanted a field of Config"):
-        UniTok.from_checkpoint(tmp_path / "unitok.pth", head_count=2)
-
-
-def test_files_that_are_refused(tmp_path):
-    state = released(small())
-    path = tmp_path / "x.pth"
-    for changed, words in [
-        ({"encoder.pos_embed": torch.ones(1, 1, 16)}, "wanted zeros in encoder.pos_embed"),
-        ({"decoder.extra": torch.ones(1)}, "no place for .decoder.extra"),
-        ({"vision.weight": torch.ones(1)}, "no place for .vision.weight"),
-        ({"fc_norm.weight": torch.ones(3)}, r"fc_norm.weight is \[3\]"),
-    ]:
-        torch.save({"trainer": {"unitok": {**state, **changed}}}, path)
-        with pytest.raises(ValueError, match=words):
-            UniTok.from_checkpoint(path, quiet=True)
-    torch.save({"trainer": {"unitok": {k: v for k, v in state.items() if "codebook" not in k}}}, path)
-    with pytest.raises(ValueError, match="wanted the weights of a UniTok, got a file without quantizer"):
-        UniTok.from_checkpoint(path)
-    torch.save({"trainer": {"unitok": state}, "args": Bare()}, path)
-    with pytest.raises(ValueError, match="a pickle that asks for"):
-        UniTok.from_checkpoint(path)
-    torch.save({"trainer": {"unitok": state}, "args": argparse.Namespace(dtype=torch.float16)}, path)
-    assert UniTok.from_checkpoint(path, quiet=True).config.groups == 4
-
-
-def test_saved_model(tmp_path):
-    model = small(projection_causal=True)
-    model.save_pretrained(tmp_path)
-    loaded = Tokenizer.from_pretrained(tmp_path)
-    assert type(loaded) is UniTok and loaded.config == model.config and loaded.config.widths == (4, 8)
-    x = images(1, 3, 32, 48)
-    assert torch.equal(loaded.encode(x), model.encode(x)) and torch.equal(loaded.reconstruct(x), model.reconstruct(x))
 
 
 @pytest.mark.parametrize("changes", [{}, {"projection": "linear"}, {"groups": 1}])
@@ -339,41 +223,35 @@ def test_recomputing_in_backward_changes_nothing():
     assert [len(c) for c in calls] == [1, 2]
 
 
-def test_compiles_without_a_break():
-    model, x = small(depth=1).train(), images(2, 3, 32, 48)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_a_break(dtype):
+    model, x = small(depth=1).to(dtype).train(), images(2, 3, 32, 48)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x).indices, model(x).indices)
 
 
-def test_half_precision_keeps_one_definition_of_tokens():
-    model, x = small(), images(2, 3, 32, 32)
-    half = small().bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", [{}, {"projection": "linear"}, {"projection_causal": True, "groups": 1}])
+def test_half_precision_keeps_one_definition_of_tokens(changes, dtype):
+    """Tokens of a half model are those of its tokens' projection in float32, by a float32 twin of the projection."""
+    model, x = small(**changes), images(2, 3, 32, 32)
+    half = small(**changes).to(dtype)
     assert half.quantizer.codebooks()[0].dtype == torch.float32
-    features = half.encode_features(x)
-    assert features.dtype == torch.bfloat16
-    assert torch.equal(half.encode(x), half._by_group(half.quantizer.encode(features.float())))
+    assert all(p.dtype == dtype for p in half.quant_proj.parameters())
+    twin = copy.deepcopy(half.quant_proj).float()
+    features, rows = half.encode_features(x), twin(half.encoder(x.to(dtype)).float())
+    assert features.dtype == torch.float32 and torch.equal(features.flatten(2).transpose(1, 2), rows)
+    assert features.to(dtype).float().ne(features).any(), "rounded before the search"
+    assert torch.equal(half.encode(x), half._by_group(half.quantizer.encode(features)))
     assert half.decode(half.encode(x)).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
+    assert all(p.dtype == dtype for p in half.quant_proj.parameters())
+    half.train()(x).loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in half.quant_proj.parameters())
+    with torch.autocast("cpu", dtype):
         features = model.encode_features(x)
-        assert features.dtype == torch.float32 and model.encoder(x).dtype == torch.bfloat16
+        assert features.dtype == torch.float32 and model.encoder(x).dtype == dtype
         assert torch.equal(model.encode(x), model._by_group(model.quantizer.encode(features)))
         assert model(x).loss.dtype == torch.float32
-
-
-def test_starting_from_a_clip():
-    source, model = small(seed=3), small(seed=4)
-    state = {f"visual.trunk.{k}": v for k, v in source.encoder.state_dict().items()}
-    state |= {f"text.{k}": v for k, v in source.text_encoder.state_dict().items()}
-    extra = {"visual.trunk.pos_embed": torch.ones(1, 16, 16), "visual.head.proj.weight": torch.ones(2, 2)}
-    extra |= {"logit_scale": torch.ones(()), "text.attn_mask": torch.ones(9, 9)}
-    assert sorted(load_clip(model, {**state, **extra})) == sorted(extra)
-    x, ids = images(1, 3, 32, 32), torch.tensor([[3, 39]])
-    assert torch.equal(model.encoder(x), source.encoder(x))
-    assert torch.equal(model.encode_text(ids), source.encode_text(ids))
-    assert float(model.logit_scale.detach()) == pytest.approx(math.log(1 / 0.07))
-    state.pop("text.ln_final.weight")
-    with pytest.raises(ValueError, match="got 1 others .text_encoder.ln_final.weight"):
-        load_clip(model, state)
 
 
 @pytest.mark.parametrize(("call", "kind", "words"), [
@@ -392,9 +270,9 @@ def test_starting_from_a_clip():
     (lambda m: m.decode_features(torch.zeros(1, 4, 2, 2)), ValueError, r"wanted \[B, 8, h, w\]"),
     (lambda m: m.encode_text(torch.zeros(1, 9)), TypeError, "wanted integers"),
     (lambda m: m.encode_text(torch.zeros(1, 10, dtype=torch.int64)), ValueError, r"L in 1..9, got \[1, 10\]"),
-    (lambda m: UniTok(dataclasses.replace(SMALL, projection="mlp")), ValueError, "projection: wanted one of attention"),
-    (lambda m: UniTok(dataclasses.replace(SMALL, image_size=40)), ValueError, "image_size: wanted multiples of 16, got 40"),
-    (lambda m: UniTok(dataclasses.replace(SMALL, heads=3)), ValueError, "heads: wanted a divisor of dim 16"),
+    (lambda m: UniTok(dataclasses.replace(UNITOK, projection="mlp")), ValueError, "projection: wanted one of attention"),
+    (lambda m: UniTok(dataclasses.replace(UNITOK, image_size=40)), ValueError, "image_size: wanted multiples of 16, got 40"),
+    (lambda m: UniTok(dataclasses.replace(UNITOK, heads=3)), ValueError, "heads: wanted a divisor of dim 16"),
     (lambda m: UniTok.from_preset("unitok-xl"), ValueError, "unitok-b"),
     (lambda m: read(FOLDER / "unitok_model.json"), ValueError, "wanted"),
 ])  # fmt: skip

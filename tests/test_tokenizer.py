@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenflow.evaluation.probe import balanced_probe
 from tokenflow.evaluation.reconstruction import code_use, psnr
 from tokenflow.evaluation.retrieval import Ranks, TextRegression, ranks_of_diagonal
@@ -17,14 +18,7 @@ from tokenflow.training.run import Stage, WeightAverage
 from tokenflow.training.tokenizer import Recipe, train_tokenizer
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +70,7 @@ def test_saved_and_loaded_model_gives_the_same_tokens(model, images, tmp_path):
     first = "model image_size scales semantic_dim pixel_dim codebook_size pixel_weight commitment_weight decay scale_dropout"
     first = {name: values[name] for name in f"{first} dead_code_threshold widths teacher_dim".split()}
     (tmp_path / "config.json").write_text(json.dumps(first))
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
     assert TokenFlow.from_pretrained(tmp_path).config == model.config, "folders from before the published sizes"
     (tmp_path / "config.json").write_text('{"model": "another"}')
     with pytest.raises(ValueError, match="another"):

@@ -127,7 +127,7 @@ def test_pictures_do_not_depend_on_the_batch():
     assert model.generate(tokenizer, []).shape == (0, 3, 24, 24)
 
 
-def test_training_lowers_the_loss_and_drops_labels():
+def test_training_lowers_the_loss_and_drops_labels(one_thread):
     torch.manual_seed(0)
     model = VAR(var.Config(depth=1, width=32, heads=2, classes=2, label_dropout=0.5, **TOKENS)).train()
     tokenizer = tokenizer_of((1, 2, 3), 16, dim=4)

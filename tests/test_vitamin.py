@@ -11,14 +11,7 @@ from tokenflow.models.text import TextTokenizer, TextTower
 from tokenflow.models.upsample import UpConv
 from tokenflow.models.vitamin import Block, DropPath, MBConv, ViTamin, ViTaminDecoder
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from a second thread, and lose much where another process wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +13,22 @@ import tyro
 from tokenflow.errors import Missing
 
 OUT = Path("runs/demo")
+
+
+@dataclass
+class RunOptions:
+    """How the model runs over the pictures."""
+
+    batch: int = 32
+    """Pictures at once."""
+    workers: int = 0
+    """Processes that read and decode pictures; 0 does it in the main one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the networks; the quantizer always works in float32."""
+    device: str | None = None
+    """Where the model runs; by default this process's GPU where there is one."""
+    resize: Literal["area", "bicubic", "model"] = "area"
+    """How pictures are made small: averaged, bicubic, or as the model's authors do (UniTok: bilinear to 9/8, then the middle)."""
 
 
 @dataclass
@@ -49,16 +65,19 @@ class Reconstruct:
     """Encode pictures, decode the tokens, and write original and reconstruction side by side."""
 
     pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files, folders, or tar shards."""
     model: str = str(OUT / "tokenizer")
     """Folder of a trained tokenizer, a released checkpoint file, or a name on the Hugging Face hub."""
     out: Path = Path("reconstructed")
-    """Folder for the results, one PNG a picture."""
+    """Folder for the results, one PNG a picture, in sub-folders as the pictures are."""
+    running: RunOptions = field(default_factory=RunOptions)
 
     def run(self) -> None:
-        from tokenflow.commands import reconstruct
+        from tokenflow.commands import open_tokenizer
+        from tokenflow.encoding import Running
+        from tokenflow.reconstructing import reconstruct
 
-        reconstruct(self.pictures, self.model, self.out)
+        reconstruct(open_tokenizer(self.model), self.pictures, self.out, Running(**vars(self.running)))
 
 
 @dataclass
@@ -78,22 +97,13 @@ class Encode:
     """Folder for the shards; of image files, file for the lines, standard output without it."""
     shard_size: int = 1024
     """Pictures a shard: what a stop can lose at most."""
-    batch: int = 32
-    """Pictures encoded at once."""
-    workers: int = 0
-    """Processes that read and decode pictures; 0 does it in the main one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the networks; the quantizer always works in float32."""
-    device: str | None = None
-    """Where the model runs; by default this process's GPU where there is one."""
-    resize: Literal["area", "bicubic"] = "area"
-    """How a data set's pictures are made small: averaged, as single files are, or as the model's image processor does."""
+    running: RunOptions = field(default_factory=RunOptions)
 
     def run(self) -> None:
         from tokenflow.commands import encode
         from tokenflow.encoding import Running
 
-        running = Running(self.batch, self.workers, self.dtype, self.device, self.resize)
+        running = Running(**vars(self.running))
         encode(self.data, self.model, self.out, running, shard_size=self.shard_size)
 
 
@@ -125,23 +135,14 @@ class Evaluate:
     """Sentences around a class's name."""
     probe: int = 10000
     """Pictures in the linear probe at most; 0 leaves it out."""
-    batch: int = 32
-    """Pictures at once."""
-    workers: int = 0
-    """Processes that read and decode pictures; 0 does it in the main one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the networks; the quantizer always works in float32."""
-    device: str | None = None
-    """Where the model runs; by default a GPU where there is one."""
-    resize: Literal["area", "bicubic"] = "area"
-    """How pictures are made small: averaged, or as the model's image processor does."""
+    running: RunOptions = field(default_factory=RunOptions)
 
     def run(self) -> None:
         from tokenflow.commands import evaluate
         from tokenflow.encoding import Running
         from tokenflow.evaluation.run import Brought
 
-        running = Running(self.batch, self.workers, self.dtype, self.device, self.resize)
+        running = Running(**vars(self.running))
         brought = Brought(self.limit, self.lpips, self.inception, self.words, self.classes, self.templates, self.probe)
         evaluate(self.data, self.model, self.out, running, brought)
 

@@ -1,4 +1,4 @@
-"""What the short commands do: reconstruct, encode, evaluate, generate, info."""
+"""What the short commands do: encode, evaluate, generate, info."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import tokenflow_ext
-from tokenflow.data.loading import as_float
-from tokenflow.data.pictures import read_picture, skipped_sentence
-from tokenflow.encoding import Running, encode_data_set
-from tokenflow.evaluation.reconstruction import psnr
+from tokenflow.data.entries import Entry
+from tokenflow.data.pictures import skipped_sentence
+from tokenflow.encoding import Running, batches, encode_data_set
 from tokenflow.evaluation.run import Brought, evaluate_data_set
 from tokenflow.files import write_whole
 from tokenflow.models import TokenFlow, Tokenizer, checkpoint
@@ -42,59 +39,6 @@ def open_tokenizer(name: str, *, quiet: bool = True) -> Tokenizer:
     return Tokenizer.from_pretrained(name)
 
 
-def read_each(paths: Sequence[Path], size: tuple[int, int]) -> Iterator[tuple[Path, Tensor]]:
-    """The readable ones of the pictures, float32 [1, 3, *size] in [-1, 1], one by one; the others are named on standard error.
-
-    Raises:
-        FileNotFoundError: a path does not exist; before the first is read.
-        ValueError: none is readable.
-    """
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"pictures: wanted image files, got {path}, which does not exist"
-                if not path.exists()
-                else f"pictures: wanted image files, got the folder {path}"
-            )
-    broken = []
-    for path in paths:
-        try:
-            image = read_picture(path, size)[None]
-        except OSError as error:
-            broken.append(f"{path}: {str(error).splitlines()[0]}")
-            continue
-        yield path, as_float(image)
-    if broken:
-        print(skipped_sentence(broken), file=sys.stderr)
-    if len(broken) == len(paths):
-        raise ValueError("pictures: wanted at least one readable image, got none")
-
-
-def reconstruct(paths: Sequence[Path], name: str, out: Path) -> None:
-    """Write original and reconstruction side by side, and print PSNR and token count of each.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: none is readable, or two results or a picture and a result would be one file.
-    """
-    targets = {path: out / f"{path.stem}.png" for path in paths}
-    taken = {path.resolve(): path for path in paths}
-    for path, target in targets.items():
-        other = taken.setdefault(target.resolve(), path)
-        if other is not path or target.resolve() == path.resolve():
-            raise ValueError(
-                f"reconstruct: out: wanted a file of its own for {path}, got {target}, which is that of {other}"
-            )
-    model = open_tokenizer(name)
-    for path, image in tqdm(read_each(paths, model.image_size), "reconstructing", len(paths), unit="picture"):
-        out.mkdir(parents=True, exist_ok=True)
-        indices = model.encode(image)
-        decoded = model.decode(indices)
-        target = targets[path]
-        pil_image(torch.cat([image[0], decoded[0]], dim=2)).save(target)
-        tqdm.write(f"{target}: {indices.shape[-1]} tokens, {psnr(decoded, image).item():.2f} dB")
-
-
 def encode(paths: Sequence[Path], name: str, out: Path | None, running: Running, *, shard_size: int) -> None:
     """A data set as shards, see `encode_data_set`; pictures as JSON lines of {"file", "scales", "indices"}, where a tokenizer
     without scales has one list of ids."""
@@ -110,9 +54,11 @@ def encode(paths: Sequence[Path], name: str, out: Path | None, running: Running,
         encode_data_set(model, sets[0], out, running, shard_size=shard_size)
         return
     lines, scales = [], list(getattr(model.config, "scales", ()))
-    for path, image in tqdm(read_each(paths, model.image_size), "encoding", len(paths), unit="picture"):
-        maps = [m[0].flatten().tolist() for m in model.split(model.encode(image))]
-        lines.append(json.dumps({"file": str(path), "scales": scales, "indices": maps}))
+    for entries, images in batches(running.place(model), [Entry.of(path) for path in paths], running, "encoding"):
+        parts = model.split(model.encode(images))
+        for place, entry in enumerate(entries):
+            maps = [part[place].flatten().tolist() for part in parts]
+            lines.append(json.dumps({"file": entry.path, "scales": scales, "indices": maps}))
     if out is None:
         print("\n".join(lines))
     else:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,6 +67,29 @@ class Running:
         return as_float(images.to(next(model.parameters()).device))
 
 
+def batches(
+    model: Tokenizer, entries: Sequence[Entry], running: Running, what: str
+) -> Iterator[tuple[list[Entry], Tensor]]:
+    """The readable pictures and their images [n, 3, H, W] in [-1, 1], batch by batch under a progress bar; the others are named
+    on standard error at the end.
+
+    Raises:
+        ValueError: none is readable.
+    """
+    chunks, broken, crop = _chunks(range(len(entries)), running.batch), [], Crop.of(model, running.resize)
+    print(f"{what}: {crop}", file=sys.stderr)
+    with tqdm(total=len(entries), desc=what, unit="picture") as bar:
+        for chunk, batch in zip(chunks, loaded(entries, chunks, crop, workers=running.workers), strict=True):
+            broken += batch.broken
+            if batch.rows:
+                yield [entries[row] for row in batch.rows], running.images(model, batch.images)
+            bar.update(len(chunk))
+    if broken:
+        print(skipped_sentence(broken), file=sys.stderr)
+    if len(broken) == len(entries):
+        raise ValueError(f"{what}: wanted at least one readable picture, got none")
+
+
 def ranks() -> tuple[int, int]:
     """This process's number and how many there are, as torchrun says.
 
@@ -103,7 +127,7 @@ def encode_data_set(model: Tokenizer, data: Path, out: Path, running: Running, *
     if not entries:
         reason = f" ({broken[0]})" if broken else ""
         raise ValueError(f"encode: data: wanted at least one picture, got none in {data}{reason}")
-    crop = Crop(model.image_size, running.resize)
+    crop = Crop.of(model, running.resize)
     shards = -(-len(entries) // shard_size)
     names = hashlib.sha256("\n".join(entry.key for entry in entries).encode()).hexdigest()[:16]
     start(out, {
@@ -122,7 +146,7 @@ def encode_data_set(model: Tokenizer, data: Path, out: Path, running: Running, *
     if world == 1 and not read:
         raise ValueError(f"encode: data: wanted at least one readable picture, got none in {data}")
     who = f"rank {rank} of {world}: " if world > 1 else ""
-    print(f"{who}tokens of {read} pictures in {len(found)} shard{'s' * (len(found) != 1)} of {out}")
+    print(f"{who}tokens of {read} pictures in {len(found)} shard{'s' * (len(found) != 1)} of {out}; {crop}")
 
 
 def _write(

@@ -27,3 +27,12 @@ def write_whole(path: Path, content: bytes | str, *, writer: str = "") -> None:
     """`content` as the file `path`, text as UTF-8, see `replacing`."""
     with replacing(path, writer=writer) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def printable(name: str) -> str:
+    """A file name that can be printed and written as UTF-8: bytes that are none are spelled out.
+
+    >>> printable("caf\\udce9.jpg"), printable("été.jpg")
+    ('caf\\\\xe9.jpg', 'été.jpg')
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+from tokenflow.files import printable
+
+SUFFIXES = {f".{suffix}" for suffix in "png jpg jpeg jfif webp avif gif bmp tif tiff jp2 ppm pgm heic heif".split()}
+"""What counts as a picture; one that Pillow cannot read (HEIC, as a rule) is then named instead of passed over."""
 CAPTION_FILE = "captions.csv"
 WANTED = "wanted a folder of images or of tar shards, or one shard"
 
@@ -25,7 +28,7 @@ class Entry:
     """One picture that has not been read yet.
 
     Attributes:
-        key: its name in the data set: a path in the folder, or shard/member.
+        key: its name in the data set: a path in the folder, or shard/member; of a file by itself, its path.
         path: file that holds it.
         offset: first byte.
         size: number of bytes, None for the whole file.
@@ -39,6 +42,21 @@ class Entry:
     size: int | None = None
     group: str = ""
     caption: str = ""
+
+    @classmethod
+    def of(cls, path: Path) -> Entry:
+        """An image file by itself.
+
+        Raises:
+            FileNotFoundError: it is none, or not there.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"pictures: wanted image files, got {path}, which does not exist"
+                if not path.exists()
+                else f"pictures: wanted image files, got {path}"
+            )
+        return cls(printable(str(path)), str(path))
 
     def read(self) -> bytes:
         """The encoded picture.
@@ -70,7 +88,8 @@ def data_set(path: str | Path) -> DataSet:
     """The pictures of a folder or of tar shards.
 
     In a folder, captions come from `captions.csv` (columns file and caption) or from a text file beside the picture (`cat.txt`
-    for `cat.jpg`); the first sub-folder's name is the class. In a folder that holds tar files anywhere, those are the data.
+    for `cat.jpg`); the first sub-folder's name is the class. Tar files in it are shards: their pictures take their place among
+    the image files, in the order of the paths.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
@@ -82,32 +101,22 @@ def data_set(path: str | Path) -> DataSet:
     if path.is_file():
         if path.suffix != ".tar":
             raise ValueError(f"data: path: {WANTED}, got the file {path}")
-        return _shards([path], path.parent)
+        return DataSet(*tar_entries(path, path.name))
     files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    tars = [file for file in files if file.suffix == ".tar"]
-    return _shards(tars, path) if tars else _folder(files, path)
-
-
-def _folder(files: list[Path], root: Path) -> DataSet:
-    listed = read_captions(root / CAPTION_FILE)
+    listed = read_captions(path / CAPTION_FILE)
     texts = {file.with_suffix("") for file in files if file.suffix == ".txt"}
-    entries = []
+    entries, broken = [], []
     for file in files:
-        if file.suffix.lower() in SUFFIXES:
-            key = file.relative_to(root).as_posix()
+        key = printable(file.relative_to(path).as_posix())
+        if file.suffix == ".tar":
+            found, trouble = tar_entries(file, key)
+            entries += found
+            broken += trouble
+        elif file.suffix.lower() in SUFFIXES:
             caption = listed.get(key) or listed.get(file.name) or ""
             if not caption and file.with_suffix("") in texts:
                 caption = file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
             entries.append(Entry(key, str(file), group=_first_folder(key), caption=caption))
-    return DataSet(entries, [])
-
-
-def _shards(tars: list[Path], root: Path) -> DataSet:
-    entries, broken = [], []
-    for tar in tars:
-        found, trouble = tar_entries(tar, tar.relative_to(root).as_posix())
-        entries += found
-        broken += trouble
     return DataSet(entries, broken)
 
 
@@ -138,11 +147,11 @@ def tar_entries(path: Path, name: str) -> tuple[list[Entry], list[str]]:
             trouble.append(f"{name}: broken behind {len(members)} pictures ({error})")
     entries = [
         Entry(
-            f"{name}/{member.name}",
+            printable(f"{name}/{member.name}"),
             str(path),
             member.offset_data,
             member.size,
-            groups.get(_sample(member.name)[0]) or _first_folder(member.name.removeprefix("./")),
+            groups.get(_sample(member.name)[0]) or _first_folder(printable(member.name.removeprefix("./"))),
             captions.get(_sample(member.name)[0], ""),
         )
         for member in members

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenflow.data.entries import Entry
 from tokenflow.data.pictures import opened, read_picture
+from tokenflow.models import Tokenizer
 from tokenflow.models.image_processor import ImageProcessor
 
-RESIZE = {"area": "area-averaged", "bicubic": "bicubic with antialiasing"}
+RESIZE = ("area", "bicubic", "model")
 
 
 @dataclass(frozen=True)
@@ -23,23 +24,38 @@ class Crop:
 
     Attributes:
         size: height and width.
-        resize: "area" averages, as this package's own training reads pictures; "bicubic" is the model's image processor.
+        resize: "area" averages, as this package's own training reads pictures; "bicubic" is an image processor's default; "model"
+            is what `processor` does.
+        processor: the model's.
     """
 
     size: tuple[int, int]
     resize: str = "area"
+    processor: ImageProcessor | None = None
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZE:
             raise ValueError(f"Crop: resize: wanted one of {', '.join(RESIZE)}, got {self.resize!r}")
+        if self.resize == "model" and (self.processor is None or self.processor.size != self.size):
+            raise ValueError(f"Crop: processor: wanted the model's, of size {self.size}, got {self.processor}")
+
+    @classmethod
+    def of(cls, model: Tokenizer, resize: str) -> Crop:
+        """What makes images for a model."""
+        return cls(model.image_size, resize, model.image_processor())
 
     def __call__(self, content: bytes) -> Tensor:
         if self.resize == "area":
             return read_picture(content, self.size)
-        return ImageProcessor(self.size).pixels(opened(content))
+        return self._processor().pixels(opened(content))
 
     def __str__(self) -> str:
-        return f"centre crop {self.size[0]} x {self.size[1]}, {RESIZE[self.resize]}"
+        if self.resize == "area":
+            return f"centre crop {self.size[0]} x {self.size[1]}, area-averaged"
+        return str(self._processor())
+
+    def _processor(self) -> ImageProcessor:
+        return self.processor if self.resize == "model" else ImageProcessor(self.size)
 
 
 class Loaded(NamedTuple):

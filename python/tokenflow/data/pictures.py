@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from tokenflow.models.image_processor import eight_bits
+from tokenflow.models.image_processor import as_shown
 
 SIZE = 64
 HELD_OUT = 0.115
@@ -92,18 +94,26 @@ class Pictures:
 
 
 def opened(source: Path | bytes) -> Image.Image:
-    """The picture of a path, or of encoded bytes, with its pixels read; 16-bit grey becomes 8-bit, see `eight_bits`.
+    """The picture of a path, or of encoded bytes, as a viewer shows it (see `as_shown`); of an animation, the first frame.
 
     Raises:
-        OSError: it is broken or of an unknown format.
+        OSError: it is broken, too large to be true, or of an unknown format.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            return eight_bits(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torn metadata and large pictures, which are read all the same
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                image.load()
+                return as_shown(image)
     except UnidentifiedImageError:
         # Pillow's own words name the buffer's address, which differs from run to run.
         raise OSError("no picture of a known format") from None
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise OSError(
+            f"picture too large: {pixels[0] if pixels else error} pixels, more than {2 * Image.MAX_IMAGE_PIXELS} "
+            "(twice PIL.Image.MAX_IMAGE_PIXELS)"
+        ) from error
     except OSError:
         raise
     except Exception as error:  # decoders raise anything on torn files
@@ -111,7 +121,7 @@ def opened(source: Path | bytes) -> Image.Image:
 
 
 def read_picture(source: Path | bytes, size: int | tuple[int, int] = SIZE) -> Tensor:
-    """One image as uint8 [3, h, w]: composited on white, cropped to the shape around its centre, area-averaged down.
+    """One image as uint8 [3, h, w]: as shown on white, cropped to the shape around its centre, area-averaged down.
 
     Args:
         source: a path, or the encoded bytes.
@@ -120,9 +130,7 @@ def read_picture(source: Path | bytes, size: int | tuple[int, int] = SIZE) -> Te
     Raises:
         OSError: the picture is broken or of an unknown format.
     """
-    image = opened(source).convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    image = Image.alpha_composite(white, image).convert("RGB")
+    image = opened(source)
     height, width = (size, size) if isinstance(size, int) else size
     scale = min(image.width / width, image.height / height)
     crop = (max(1, round(width * scale)), max(1, round(height * scale)))

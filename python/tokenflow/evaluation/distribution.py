@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import torch
@@ -10,16 +11,75 @@ from torch import Tensor
 from tokenflow.evaluation.measure import Measure, Seen, rounded
 
 BLOCK = 1000
+KEPT = 50 * BLOCK
+
+
+class Gaussian:
+    """Mean and covariance of rows [n, D] that come batch by batch, in float64; memory of O(D^2), whatever n is.
+
+        m <- m + k / (n + k) (m' - m)
+        A <- R of the QR decomposition of [A; X' - m'; (n k / (n + k))^(1/2) (m' - m)]        covariance = A^T A / (n - 1)
+
+    for k new rows X' of mean m': Chan's update on a factor of the scatter in place of the scatter itself, so that the result is
+    that of two passes over all rows. Up to D rows wait for each other, and n <= D rows are their own factor.
+
+    Args:
+        dim: D.
+
+    Raises:
+        ValueError: rows of another shape, or values that are not finite.
+
+    Example:
+        >>> g = Gaussian(2)
+        >>> for row in ([0.0, 0.0], [2.0, 0.0], [1.0, 3.0]):
+        ...     g.update(torch.tensor([row]))
+        >>> g.mean().tolist(), (g.factor().T @ g.factor()).round(decimals=9).tolist()
+        ([1.0, 1.0], [[1.0, 0.0], [0.0, 3.0]])
+
+    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count, self.waiting = 0, 0
+        self._mean, self._scatter = torch.zeros(dim, dtype=torch.float64), torch.zeros(0, dim, dtype=torch.float64)
+        self._rows: list[Tensor] = []
+
+    def update(self, rows: Tensor) -> None:
+        """Take rows [k, D] in."""
+        dim = len(self._mean)
+        if rows.dim() != 2 or rows.shape[1] != dim or not rows.isfinite().all():
+            raise ValueError(f"Gaussian: rows: wanted finite values [k, {dim}], got {list(rows.shape)}")
+        self._rows.append(rows.to("cpu", torch.float64, copy=True))
+        self.count, self.waiting = self.count + len(rows), self.waiting + len(rows)
+        if self.waiting >= dim:
+            self._fold()
+
+    def mean(self) -> Tensor:
+        """The mean [D]."""
+        self._fold()
+        return self._mean
+
+    def factor(self) -> Tensor:
+        """A [r, D], r <= D, with A^T A the covariance of the at least two rows."""
+        self._fold()
+        return self._scatter / (self.count - 1) ** 0.5
+
+    def _fold(self) -> None:
+        if not self.waiting:
+            return
+        rows = torch.cat(self._rows)
+        new, before = rows.mean(0), self.count - len(rows)
+        parts = [self._scatter, rows - new]
+        if before:
+            parts.append((before * len(rows) / self.count) ** 0.5 * (new - self._mean)[None])
+        scatter = torch.cat(parts)
+        self._scatter = torch.linalg.qr(scatter, mode="r").R if len(scatter) > scatter.shape[1] else scatter
+        self._mean = self._mean + (new - self._mean) * (len(rows) / self.count)
+        self._rows, self.waiting = [], 0
 
 
 def frechet(x: Tensor, y: Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to features x [n, D] and y [m, D], in float64:
-
-        |m_x - m_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^(1/2)
-
-    With S = A^T A, A the centred features over sqrt(n - 1) or the triangular factor of their QR decomposition, the last trace is
-    the sum of the singular values of A_x A_y^T. No covariance is squared or rooted, so that fewer pictures than dimensions do
-    no harm to the arithmetic; the estimate itself is biased upward with few pictures.
+    """Frechet distance of the Gaussians fitted to features x [n, D] and y [m, D], see `frechet_of`.
 
     Raises:
         ValueError: fewer than two rows, other shapes, or values that are not finite.
@@ -29,14 +89,24 @@ def frechet(x: Tensor, y: Tensor) -> float:
         >>> round(frechet(x, x + 3), 9), round(frechet(x, 2 * x), 9)
         (18.0, 4.666666667)
     """
-    x, y = _checked("frechet", x, y)
-    factors = []
-    for rows in (x, y):
-        factor = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
-        factors.append(torch.linalg.qr(factor, mode="r").R if len(rows) > rows.shape[1] else factor)
-    a, b = factors
+    fitted = []
+    for rows in _checked("frechet", x, y):
+        fitted.append(Gaussian(rows.shape[1]))
+        fitted[-1].update(rows)
+    return frechet_of(*fitted)
+
+
+def frechet_of(x: Gaussian, y: Gaussian) -> float:
+    """Frechet distance of two Gaussians, in float64:
+
+        |m_x - m_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^(1/2)
+
+    With S = A^T A the last trace is the sum of the singular values of A_x A_y^T. No covariance is squared or rooted, so that
+    fewer pictures than dimensions do no harm to the arithmetic; the estimate itself is biased upward with few pictures.
+    """
+    a, b = x.factor(), y.factor()
     traces = a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
-    return max(0.0, float((x.mean(0) - y.mean(0)).square().sum() + traces))
+    return max(0.0, float((x.mean() - y.mean()).square().sum() + traces))
 
 
 def kid(x: Tensor, y: Tensor, *, block: int = BLOCK) -> tuple[float, float | None]:
@@ -76,8 +146,49 @@ def _checked(name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+class _Frechet:
+    def __init__(self, dim: int) -> None:
+        self.fitted = (Gaussian(dim), Gaussian(dim))
+        self.dim, self.count = dim, 0
+
+    def update(self, originals: Tensor, images: Tensor) -> None:
+        self.count += len(originals)
+        for gaussian, rows in zip(self.fitted, (originals, images), strict=True):
+            gaussian.update(rows)
+
+    def measure(self, name: str, protocol: str) -> Measure:
+        n, d = self.count, self.dim
+        few = f", {n} pictures for {d} dimensions: biased upward" if n < 10 * d else ""
+        return Measure(name, frechet_of(*self.fitted), f"{protocol}{few}", digits=3)
+
+
+class _Kernel:
+    """Pairs of features, at most KEPT of them: of more, a sample without replacement in which each is as likely (reservoir)."""
+
+    def __init__(self, dim: int) -> None:
+        self.pairs: list[Tensor] = []
+        self.count, self.draw = 0, random.Random(0)
+
+    def update(self, originals: Tensor, images: Tensor) -> None:
+        for pair in torch.stack([originals, images], 1):
+            self.count += 1
+            if len(self.pairs) < KEPT:
+                self.pairs.append(pair.clone())
+            elif (place := self.draw.randrange(self.count)) < KEPT:
+                self.pairs[place] = pair.clone()
+
+    def measure(self, name: str, protocol: str) -> Measure:
+        originals, images = torch.stack(self.pairs, 1)
+        value, error = kid(originals, images)
+        some = f" of a random {KEPT} of the pictures" if self.count > KEPT else ""
+        return Measure(name, value, f"{protocol}, blocks of {min(len(self.pairs), BLOCK)}{some}", digits=5, error=error)
+
+
 class DistributionMeter:
     """A distance between the features of all originals and of all reconstructions, both rounded to 8 bits.
+
+    Memory does not grow with the number of pictures: Frechet's distance keeps means and factors of the scatter, the kernel distance,
+    which is defined on pairs of pictures, the features of KEPT pictures.
 
     Args:
         name: of the number.
@@ -87,20 +198,16 @@ class DistributionMeter:
     """
 
     def __init__(self, name: str, features: Callable[[Tensor], Tensor], protocol: str, *, kernel: bool = False) -> None:
-        self.name, self.features, self.protocol, self.kernel = name, features, protocol, kernel
-        self.found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.name, self.features, self.protocol = name, features, protocol
+        self.kind, self.found = _Kernel if kernel else _Frechet, None
 
     def update(self, seen: Seen) -> None:
-        for kept, images in zip(self.found, (seen.originals, seen.images), strict=True):
-            kept.append(self.features(rounded(images)).float().cpu())
+        originals, images = (self.features(rounded(t)).float().cpu() for t in (seen.originals, seen.images))
+        if self.found is None:
+            self.found = self.kind(originals.shape[1])
+        self.found.update(originals, images)
 
     def measures(self) -> list[Measure]:
-        originals, images = (torch.cat(kept) for kept in self.found)
-        n, d = originals.shape
-        if n < 2:
+        if self.found is None or self.found.count < 2:
             return []
-        if self.kernel:
-            value, error = kid(originals, images)
-            return [Measure(self.name, value, f"{self.protocol}, blocks of {min(n, BLOCK)}", digits=5, error=error)]
-        few = f", {n} pictures for {d} dimensions: biased upward" if n < 10 * d else ""
-        return [Measure(self.name, frechet(originals, images), f"{self.protocol}{few}", digits=3)]
+        return [self.found.measure(self.name, self.protocol)]

@@ -191,7 +191,7 @@ def evaluate_data_set(model: Tokenizer, name: str, data: Path, running: Running,
     found = data_set(data)
     entries, skipped = chosen(found, brought.limit), list(found.broken)
     about = {"file": name, **model.summary(), "digest": digest(model)}
-    model, crop = running.place(model), Crop(model.image_size, running.resize)
+    model, crop = running.place(model), Crop.of(model, running.resize)
     taken, missing = meters(model, entries, brought, crop.size)
     usage = next(meter for meter in taken if isinstance(meter, UsageMeter))
     wanted = set(stable_order([entry.key for entry in entries])[:SHOWN])

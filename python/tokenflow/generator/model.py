@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +14,7 @@ from tokenflow.generator.attention import Block, Cache
 from tokenflow.generator.draft import Draft
 from tokenflow.generator.head import ResidualHead
 from tokenflow.generator.vocabulary import PAD, Vocabulary
+from tokenflow.models import saved
 from tokenflow_ext.ops import multiscale_inputs
 
 NEIGHBOURS = 9
@@ -246,11 +245,9 @@ class Generator(nn.Module):
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         draft = {"fitted": len(self.draft.words), "width": self.draft.words.shape[1], "rank": len(self.draft.basis)}
         description = {"config": asdict(self.config), "vocabulary": self.vocabulary.to_dict(), "draft": draft}
-        (folder / "config.json").write_text(json.dumps(description, ensure_ascii=False))
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        saved.save(folder, description, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Generator:
@@ -258,13 +255,9 @@ class Generator(nn.Module):
 
         Raises:
             FileNotFoundError: the folder holds no generator.
+            ValueError: a file is broken, or they are of two models.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(
-                f"Generator.from_pretrained: folder: wanted config.json and model.safetensors, got neither in {folder}"
-            )
-        description = json.loads((folder / "config.json").read_text())
+        description, state = saved.load(Path(folder), caller="Generator.from_pretrained: folder")
         config = GeneratorConfig(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
         )
@@ -272,7 +265,7 @@ class Generator(nn.Module):
         side = config.scales[-1]
         draft = Draft(len(vocabulary.words), shape=(sum(config.dims), side, side), **description["draft"])
         self = cls(config, vocabulary, [torch.zeros(config.codes, d) for d in config.dims], draft)
-        self.load_state_dict(load_file(folder / "model.safetensors"))
+        self.load_state_dict(state)
         return self.eval()
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from tokenflow.files import write_whole
 
 FILE = "preprocessor_config.json"
+LONGEST = 32
+"""Sides of the result that a resized picture is long at most before only its middle is computed."""
 
 
 class Batch(dict):
@@ -43,6 +45,8 @@ class ImageProcessor:
 
     Args:
         size: side of the images, or height and width.
+        cover: side, or height and width, that the resized picture covers before the middle of it is cut out; by default `size`.
+            A square one is the resized picture's shorter side.
         resample: a filter of Pillow; bicubic by default.
         image_mean: subtracted from values in [0, 1].
         image_std: divides the rest.
@@ -59,6 +63,7 @@ class ImageProcessor:
         self,
         size: int | Sequence[int],
         *,
+        cover: int | Sequence[int] | None = None,
         resample: int = Image.Resampling.BICUBIC,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
@@ -66,6 +71,10 @@ class ImageProcessor:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"ImageProcessor: size: wanted a side, or height and width, got {size}")
+        cover = self.size if cover is None else cover
+        self.cover = (cover, cover) if isinstance(cover, int) else tuple(cover)
+        if len(self.cover) != 2 or any(c < s for c, s in zip(self.cover, self.size)):
+            raise ValueError(f"ImageProcessor: cover: wanted at least the size {self.size}, got {cover}")
         self.resample = Image.Resampling(resample)
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
 
@@ -73,7 +82,7 @@ class ImageProcessor:
         """Images as `pixel_values` [B, 3, H, W], float32.
 
         Args:
-            images: one or a list of: a picture of Pillow (transparency becomes white), uint8 [3, H, W] (or a batch of them) as a
+            images: one or a list of: a picture of Pillow (see `as_shown`), uint8 [3, H, W] (or a batch of them) as a
                 tensor, uint8 [H, W, 3] as an array.
             return_tensors: "pt".
 
@@ -94,15 +103,30 @@ class ImageProcessor:
 
     def pixels(self, image: Any) -> Tensor:
         """One picture resized and cropped, uint8 [3, H, W], before it is normalised."""
-        image = _picture(image)
-        height, width = self.size
-        scale = max(height / image.height, width / image.width)
-        if scale != 1:
-            grown = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-            image = image.resize(grown, self.resample)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
+        image, (height, width), (high, wide) = _picture(image), self.size, self.cover
+        # Whole pixels as transformers counts them: the longer side is rounded down.
+        if high * image.width >= wide * image.height:
+            grown = (max(wide, high * image.width // image.height), high)
+        else:
+            grown = (wide, max(high, wide * image.height // image.width))
+        left, top = (grown[0] - width) // 2, (grown[1] - height) // 2
+        box = (left, top, left + width, top + height)
+        if max(grown) > LONGEST * max(self.cover):  # of a line of pixels, the whole would fill the memory
+            across, down = image.width / grown[0], image.height / grown[1]
+            around = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+            image = image.resize((width, height), self.resample, box=around)
+        else:
+            image = (image if grown == image.size else image.resize(grown, self.resample)).crop(box)
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+
+    def __str__(self) -> str:
+        """What is done to a picture, as a protocol says it.
+
+        >>> str(ImageProcessor(256, cover=288, resample=Image.Resampling.BILINEAR))
+        'resized to cover 288 x 288, centre crop 256 x 256, bilinear with antialiasing'
+        """
+        before = "" if self.cover == self.size else "resized to cover {} x {}, ".format(*self.cover)
+        return f"{before}centre crop {self.size[0]} x {self.size[1]}, {self.resample.name.lower()} with antialiasing"
 
     def postprocess(self, images: Tensor) -> list[Image.Image]:
         """Pictures of Pillow from images [B, 3, H, W] of `decode`."""
@@ -113,12 +137,12 @@ class ImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """The settings under transformers' names."""
         height, width = self.size
-        square = height == width
+        high, wide = self.cover
         return {
             "image_processor_type": type(self).__name__,
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": height} if square else {"height": height, "width": width},
+            "size": {"shortest_edge": high} if high == wide else {"height": high, "width": wide},
             "resample": int(self.resample),
             "do_center_crop": True,
             "crop_size": {"height": height, "width": width},
@@ -146,21 +170,50 @@ class ImageProcessor:
         if not path.is_file():
             raise FileNotFoundError(f"from_pretrained: folder: wanted a folder with {FILE}, got {folder}")
         values = json.loads(path.read_text())
-        crop = values["crop_size"]
+        crop, cover = values["crop_size"], values["size"]
+        cover = cover.get("shortest_edge") or (cover["height"], cover["width"])
         names = ("resample", "image_mean", "image_std")
-        return cls((crop["height"], crop["width"]), **{name: values[name] for name in names})
+        return cls((crop["height"], crop["width"]), cover=cover, **{name: values[name] for name in names})
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey picture in 8 bits, which Pillow would clip to white; any other as it is.
+def as_shown(image: Image.Image) -> Image.Image:
+    """A picture of any mode as a viewer shows it on a white page: RGB, 8 bits, turned as its EXIF says, transparency filled.
 
-    >>> eight_bits(Image.new("I;16", (1, 1), 128 * 257)).getpixel((0, 0))
-    128
+    Raises:
+        ValueError: its values have 32 bits.
+
+    >>> camera = Image.new("RGB", (30, 20))
+    >>> camera.getexif()[0x0112] = 6  # held upright
+    >>> as_shown(camera).size, as_shown(Image.new("I;16", (1, 1), 128 * 257)).getpixel((0, 0))
+    ((20, 30), (128, 128, 128))
     """
-    # Older releases of Pillow read a 16-bit PNG as "I".
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    image = _upright(_eight_bits(image))
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey picture in 8 bits, which Pillow would clip to white; any other as it is."""
+    # Pillow reads a 16-bit PGM as "I", and older releases a 16-bit PNG.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        small = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        small.info.pop("transparency", None)  # a grey of 16 bits, which would be taken for one of 8
+        return small
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"wanted a picture of 8 or 16 bits, got 32 (mode {image.mode}), whose black and white are not known"
+        )
     return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # torn EXIF raises anything, and the pixels are there
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def _picture(image: Any) -> Image.Image:
@@ -175,8 +228,4 @@ def _picture(image: Any) -> Image.Image:
         if image.shape[2] != 3:
             raise ValueError(f"ImageProcessor: images: wanted three channels, got an image {list(image.shape)}")
         image = Image.fromarray(image)
-    image = eight_bits(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
+    return as_shown(image)

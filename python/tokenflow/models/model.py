@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import tempfile
 import typing
@@ -14,15 +13,12 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenflow.errors import Missing
-from tokenflow.files import replacing, write_whole
-from tokenflow.models import checkpoint
+from tokenflow.models import checkpoint, saved
 
-FILES = ("config.json", "model.safetensors")
+FILES = (saved.CONFIG, saved.WEIGHTS)
 
 
 class Model(nn.Module):
@@ -148,10 +144,7 @@ class Model(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`, each whole or not at all."""
-        folder = Path(folder)
-        write_whole(folder / FILES[0], json.dumps({"model": self.kind, **asdict(self.config)}, indent=2) + "\n")
-        with replacing(folder / FILES[1]) as temporary:
-            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary)
+        saved.save(Path(folder), {"model": self.kind, **asdict(self.config)}, self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -175,34 +168,25 @@ class Model(nn.Module):
         Raises:
             FileNotFoundError: the folder lacks a file, or the repository cannot be had.
             Missing: a repository is asked for and huggingface_hub is not installed.
-            ValueError: config.json describes another model, or a file is broken.
+            ValueError: config.json describes another model than the weights, or a file is broken.
         """
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = Path(name)
         if isinstance(name, str) and not folder.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
             folder = _snapshot(name, options)
-        for file in FILES:
-            if not (folder / file).exists():
-                raise FileNotFoundError(
-                    f"from_pretrained: name: wanted a folder with {' and '.join(FILES)}, got {folder} without {file}"
-                )
-        kinds = cls.kinds()
-        try:
-            values = json.loads((folder / FILES[0]).read_text())
-        except ValueError as error:
-            raise ValueError(f"from_pretrained: name: wanted JSON in {folder / FILES[0]}, got {error}") from error
-        word = values.pop("model", None) if isinstance(values, dict) else None
+        kinds, (values, state) = cls.kinds(), saved.load(folder)
+        word = values.pop("model", None)
         if not isinstance(word, str) or word not in kinds:
             raise ValueError(
-                f"from_pretrained: name: wanted a {' or '.join(kinds)} model, got another in {folder / FILES[0]}"
+                f"from_pretrained: name: wanted a {' or '.join(kinds)} model, got another in {folder / saved.CONFIG}"
             )
         model = kinds[word](from_json(kinds[word].config_type, values))
         try:
-            model.load_state_dict(load_file(folder / FILES[1]))
-        except (SafetensorError, RuntimeError) as error:
+            model.load_state_dict(state)
+        except RuntimeError as error:
             reason = " ".join(str(error).split("\n\t")[:2])
             raise ValueError(
-                f"from_pretrained: name: wanted the weights that {FILES[0]} describes, got {folder / FILES[1]} ({reason})"
+                f"from_pretrained: name: wanted the weights that {saved.CONFIG} describes, got {folder / saved.WEIGHTS} ({reason})"
             ) from error
         return model.eval()
 

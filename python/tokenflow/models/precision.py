@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -24,10 +24,10 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def in_full(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+def in_full(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x) in float32 (float64 for float64) whatever the layer's or autocast's type."""
+    weights = dict(layer.named_parameters())
     with without_autocast(x):
-        x, weight, bias = (full(t) for t in (x, layer.weight, layer.bias))
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, weight, bias)
-        return F.conv2d(x, weight, bias, padding=layer.padding)
+        if all(weight.dtype == full(weight).dtype for weight in weights.values()):
+            return layer(full(x))
+        return functional_call(layer, {name: full(weight) for name, weight in weights.items()}, full(x))

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from tokenflow.models import checkpoint, unitok_checkpoint
-from tokenflow.models.precision import full, without_autocast
+from tokenflow.models.image_processor import ImageProcessor
+from tokenflow.models.precision import full, in_full
 from tokenflow.models.projection import AttnProjection
 from tokenflow.models.text import TextTower
 from tokenflow.models.tokenizer import Tokenizer, check_floating
@@ -158,15 +160,13 @@ class UniTok(Tokenizer):
                     nn.init.zeros_(layer.bias)
 
     def encode_features(self, images: Tensor) -> Tensor:
-        """What the quantizer reads, [B, code_dim, H/16, W/16], of images [B, 3, H, W] in [-1, 1].
+        """What the quantizer reads, [B, code_dim, H/16, W/16] in float32 (float64 for float64), of images [B, 3, H, W] in [-1, 1].
 
         Raises:
             TypeError: images are not floating point.
             ValueError: another shape, or sides that are no multiples of 16.
         """
-        tokens = self.encoder(self.checked(images))
-        with without_autocast(images):  # rounded just before the codes, they would be others
-            features = self.quant_proj(tokens.to(self.dtype))
+        features = in_full(self.quant_proj, self.encoder(self.checked(images)))
         return features.transpose(1, 2).unflatten(2, grid_of(images))
 
     def expand(self, features: Tensor) -> Tensor:
@@ -284,6 +284,11 @@ class UniTok(Tokenizer):
                 f"encode: images: wanted [B, 3, H, W] with sides that are multiples of {PATCH}, got {list(images.shape)}"
             )
         return images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def image_processor(self) -> ImageProcessor:
+        """UniTok's own: bilinear to 9/8 of the size (the shorter side to 288 for 256), then the middle."""
+        cover = tuple(side * 9 // 8 for side in self.image_size)
+        return ImageProcessor(self.image_size, cover=cover, resample=Image.Resampling.BILINEAR)
 
     def summary(self) -> dict[str, str]:
         """Rows about the model for a reader."""
