@@ -7,8 +7,8 @@ temporary name first; the same call after a crash, a kill or Ctrl-C goes on from
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import signal
 import threading
 import time
@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from tokenflow.files import replacing
 
 
 class Stateful(Protocol):
@@ -31,12 +33,8 @@ class Stateful(Protocol):
 
 def write_atomically(value: Any, path: Path) -> None:
     """torch.save under a temporary name, flushed to disk, then renamed: `path` is always whole or absent."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as handle:
-        torch.save(value, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(value, temporary)
 
 
 class Stage:
@@ -229,6 +227,30 @@ class WeightAverage:
     def copy_to(self, module: nn.Module) -> None:
         """Give `module`, of the same class, the averaged parameters and the module's own buffers."""
         module.load_state_dict({**self.module.state_dict(), **self.average})
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """In this context the module has the averaged parameters; nothing is copied.
+
+        Example:
+            >>> layer = nn.Linear(1, 1)
+            >>> average, before = WeightAverage(layer, decay=0.9), layer.weight.item()
+            >>> _ = nn.init.constant_(layer.weight, 7.0)
+            >>> with average.applied() as averaged:
+            ...     averaged.weight.item() == before
+            True
+            >>> layer.weight.item()
+            7.0
+        """
+        self._swap()
+        try:
+            yield self.module
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.data, self.average[name] = self.average[name], parameter.data
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}
