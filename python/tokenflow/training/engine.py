@@ -6,6 +6,7 @@ Accelerate puts the networks on the rank's device, under autocast, and between r
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -47,7 +48,9 @@ def train(config: Config) -> Path:
     config.check()
     check_tensorboard(config)
     with _accelerated(config) as accelerator:
-        return _Run(config, accelerator).go()
+        folder = _Run(config, accelerator).go()
+        accelerator.end_training()
+        return folder
 
 
 @contextlib.contextmanager
@@ -159,14 +162,13 @@ class _Run:
         """Means over the ranks, the learning rate and the codebook's use since the last call."""
         names = sorted(terms)
         values = self.accelerator.reduce(torch.stack([terms[name].float() for name in names]), reduction="mean")
+        means = dict(zip(names, values.tolist(), strict=True))
+        if means.get("mse"):
+            means["psnr"] = -10 * math.log10(means["mse"] / 4)
         quantizer = self.step.bare.quantizer
         use = {"codes_used": float(quantizer.usage()), "perplexity": float(quantizer.perplexity())}
         quantizer.reset_usage()
-        return {
-            **dict(zip(names, values.tolist(), strict=True)),
-            **use,
-            "rate": self.step.optimizer.param_groups[0]["lr"],
-        }
+        return {**means, **use, "rate": self.step.optimizer.param_groups[0]["lr"]}
 
     def _any(self, flag: bool) -> bool:
         """Whether it holds on some rank."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,10 +55,15 @@ class Step:
     ) -> None:
         self.config, self.accelerator, self.bare, self.bare_judge = config, accelerator, model, judge
         device = accelerator.device
-        model.to(device=device, memory_format=torch.channels_last)
+        model.to(device)
+        for parameter in model.parameters():
+            if parameter.dim() == 4:  # Module.to would try stacked convolutions, too
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.objective = objective.to(device).train()
         self.teacher = None if teacher is None else teacher.to(device)
         optimizer = parts.build_optimizer(config, model)
+        # Newer releases of torch have another name for what DDP shall not do with buffers, and mean more by it.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.judge = self.judge_optimizer = None
         if judge is not None:
@@ -128,8 +134,6 @@ class Step:
             loss = self.objective.generator(step, images, out.images, quantizer=out.loss, discriminator=judge, **given)
         self.accelerator.backward(loss.total / passes)
         terms = {"loss": loss.total.detach(), **loss.terms}
-        if "mse" in terms:
-            terms["psnr"] = -10 * (terms["mse"] / 4).log10()
         return terms, images, out.images
 
     def _discriminate(self, step: int, seen: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
