@@ -89,11 +89,14 @@ class _Run:
         self.data = TrainingSet(config, model.image_size, model.config.context if contrasts else None)
         objective = parts.build_objective(config, model.image_size)
         judge = parts.build_discriminator(config, model.image_size)
+        pictures = {"count": len(self.data.entries), "names": self.data.names()}
         if self.first_rank:
-            self.folder.claim(config, {"count": len(self.data.entries), "names": self.data.names()})
+            self.folder.claim(config, pictures)
         # One rank finds the teacher's directions, the others read them.
         with accelerator.main_process_first():
             teacher = parts.build_teacher(config, model, lambda: self.data.samples(FITTED_ON), config.out)
+        if self.first_rank:
+            self.folder.begin(config, pictures)
         self.step = Step(config, accelerator, model, objective, judge, teacher)
         decay = config.optimizer.average
         self.average = WeightAverage(model, decay=decay) if decay else None

@@ -17,7 +17,8 @@ from tokenflow.files import write_whole
 from tokenflow.training.config import Config, as_json, differing, from_json
 from tokenflow.training.run import write_atomically
 
-CONFIG, LOG = "config.json", "log.jsonl"
+CONFIG, LOG, TEACHER = "config.json", "log.jsonl", "teacher.safetensors"
+BEFORE_CONFIG = {"lock", "checkpoints", TEACHER}
 
 
 class Folder:
@@ -44,7 +45,7 @@ class Folder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"train: out: wanted a folder, got the file {self.path}")
         known = (self.path / CONFIG).exists()
-        if not known and self.path.exists() and any(p for p in self.path.iterdir() if p.name != "lock"):
+        if not known and self.path.exists() and any(p for p in self.path.iterdir() if p.name not in BEFORE_CONFIG):
             raise ValueError(
                 f"train: out: wanted a new folder, or one of a run, got {self.path} with other things in it"
             )
@@ -52,9 +53,13 @@ class Folder:
         self._take_lock()
         if known:
             self._compare(config, pictures)
-        write_whole(
-            self.path / CONFIG, json.dumps({"run": json.loads(as_json(config)), "pictures": pictures}, indent=2) + "\n"
-        )
+        else:  # of a run that never began, perhaps of other pictures
+            (self.path / TEACHER).unlink(missing_ok=True)
+
+    def begin(self, config: Config, pictures: dict[str, Any]) -> None:
+        """Write config.json: from here on the folder is that run's."""
+        content = {"run": json.loads(as_json(config)), "pictures": pictures}
+        write_whole(self.path / CONFIG, json.dumps(content, indent=2) + "\n")
 
     def _take_lock(self) -> None:
         try:

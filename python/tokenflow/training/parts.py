@@ -17,6 +17,7 @@ from tokenflow.losses.adversarial import Ramp
 from tokenflow.losses.blur import Fade
 from tokenflow.models import TokenFlow, Tokenizer, UniTok
 from tokenflow.training.config import Config
+from tokenflow.training.folder import TEACHER
 from tokenflow.training.teachers import PrincipalTeacher, TowerTeacher
 
 DECODERS = {"tokenflow": "pixel_decoder", "unitok": "decoder", "vqvae": "decoder"}
@@ -156,7 +157,7 @@ def build_teacher(config: Config, model: Tokenizer, images: Callable[[], Tensor]
     if c.tower is None:
         try:
             half = config.optimizer.precision == "bfloat16"
-            return PrincipalTeacher(run / "teacher.safetensors", images, c.teacher_dim, c.scales[-1] // 2, half=half)
+            return PrincipalTeacher(run / TEACHER, images, c.teacher_dim, c.scales[-1] // 2, half=half)
         except Missing as error:
             raise Missing(f"{error}; --semantic 0 trains without a teacher") from error
     if config.loss.tower is None:
