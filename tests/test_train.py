@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import MODELS, curve, pictures, small, vocabulary
-
 from tokenflow.cli import main
 from tokenflow.errors import Missing
 from tokenflow.losses import Objective, Weights
@@ -22,6 +20,7 @@ from tokenflow.training.engine import train
 from tokenflow.training.folder import Folder, read_config
 from tokenflow.training.pictures import TrainingSet, rows_of
 from tokenflow.training.recipes import RECIPES
+from training_runs import MODELS, curve, pictures, small, vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """A run goes on exactly: killed at random moments, interrupted, with a torn or broken checkpoint, with a full disk."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -14,26 +13,16 @@ import torch
 from safetensors.torch import load_file
 from tokenflow.training import folder as folders
 from tokenflow.training.engine import train
-from training_runs import child, curve, pictures, small
+from training_runs import child, curve, fork_server, pictures, small
 
 KILLS = 20
 STEPS = 60
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def forks():
-    """Processes from a server that has imported everything: a run starts in a fraction of a second."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [str(p) for p in os.sys.path])])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs"])
-    yield context
-    multiprocessing.forkserver._forkserver._stop()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    with fork_server() as context:
+        yield context
 
 
 @pytest.fixture(scope="module")

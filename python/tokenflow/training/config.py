@@ -155,6 +155,8 @@ class OptimizerConfig:
     """First step at which dead codes are left alone, steps or share, where the codebook revives; 0 revives to the end."""
     checkpointing: bool = False
     """Recompute blocks in backward, where the model can: less memory, a third more work."""
+    shard: bool = False
+    """Shard weights, averages and moments over the ranks (FSDP2), where they do not fit on one."""
     cpu: bool = False
     """Train on the CPU though there is a GPU."""
 

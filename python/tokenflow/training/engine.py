@@ -20,13 +20,14 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from tokenflow.data.pictures import skipped_sentence
-from tokenflow.models import UniTok
+from tokenflow.models import Tokenizer, UniTok
 from tokenflow.training import parts
 from tokenflow.training.config import Config
 from tokenflow.training.folder import Folder
 from tokenflow.training.monitor import Monitor, check_tensorboard
 from tokenflow.training.pictures import TrainingSet
 from tokenflow.training.run import Interruption, WeightAverage
+from tokenflow.training.sharding import ShardedAverage, ShardedModel, ShardedOptimizer
 from tokenflow.training.step import Step
 from tokenflow.training.teachers import FITTED_ON
 
@@ -66,6 +67,10 @@ def _accelerated(config: Config) -> Iterator[Accelerator]:
     if o.precision == "bfloat16" and cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print(
             "tokenflow: this processor has no arithmetic for bfloat16: --precision float32 is faster", file=sys.stderr
+        )
+    if o.shard and (world == 1 or o.precision == "float16"):
+        raise ValueError(
+            f"train: shard: wanted several ranks (torchrun) in float32 or bfloat16, got {world} in {o.precision}"
         )
     # Its state is the process's and outlives a run, which another precision in the next one would not.
     AcceleratorState._reset_state()
@@ -181,7 +186,10 @@ class _Run:
 
     @contextlib.contextmanager
     def _finished_weights(self) -> Iterator[Any]:
-        """The tokenizer as it is saved: averaged weights, eval mode."""
+        """The tokenizer as it is saved: averaged weights, eval mode. Of a sharded one on rank 0, None elsewhere."""
+        if self.step.sharded:
+            yield self.step.portrait.of(self.step.bare, self.average)
+            return
         model = self.step.bare.eval()
         try:
             with contextlib.nullcontext() if self.average is None else self.average.applied():
@@ -190,11 +198,15 @@ class _Run:
             parts.training_mode(model, self.config)
 
     def _parts(self) -> dict[str, Any]:
-        step = self.step
+        step, average = self.step, self.average
         found = {
-            "model": step.bare, "optimizer": step.optimizer, "average": self.average, "discriminator": step.bare_judge,
+            "model": step.bare, "optimizer": step.optimizer, "average": average, "discriminator": step.bare_judge,
             "discriminator_optimizer": step.judge_optimizer, "lecam": step.objective.lecam, "scaler": self.accelerator.scaler,
         }  # fmt: skip
+        if step.sharded:
+            found["model"] = ShardedModel(step.bare)
+            found["optimizer"] = ShardedOptimizer(step.bare, step.optimizer.optimizer)
+            found["average"] = None if average is None else ShardedAverage(average)
         return {name: part for name, part in found.items() if part is not None}
 
     def _counters(self) -> dict[str, Tensor]:
@@ -208,15 +220,18 @@ class _Run:
     def _save(self, *, must: bool) -> None:
         """The checkpoint, and the model's folder. A full disk ends the run only where this is the last chance."""
         counters = {name: self.accelerator.reduce(value.clone()) for name, value in self._counters().items()}
-        if not self.first_rank:
+        if not (self.first_rank or self.step.sharded):
             return
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"step": self.done, "counters": counters, "broken": list(self.broken)}
+        with self._finished_weights() as model:
+            if self.first_rank:
+                self._write(state, model, must)
+
+    def _write(self, state: dict[str, Any], model: Tokenizer, must: bool) -> None:
         try:
-            state = {name: part.state_dict() for name, part in self._parts().items()}
-            self.folder.save(
-                {"step": self.done, "counters": counters, "broken": list(self.broken), **state}, self.config.log.keep
-            )
-            with self._finished_weights() as model:
-                model.save_pretrained(self.folder.path / "model")
+            self.folder.save(state, self.config.log.keep)
+            model.save_pretrained(self.folder.path / "model")
         except OSError as error:
             if must:
                 raise

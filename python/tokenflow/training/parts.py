@@ -262,13 +262,14 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW (Adam where nothing decays) over what trains; norms, biases and codebooks do not decay."""
     o = config.optimizer
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decays = [p for name, p in trained if p.dim() > 1 and not name.startswith("quantizer.")]
-    kept = {id(p) for p in decays}
-    others = [p for _, p in trained if id(p) not in kept]
-    groups = [{"params": decays, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    decays = {id(p) for name, p in trained if p.dim() > 1 and not name.startswith("quantizer.")}
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for _, p in trained:  # an optimiser's step takes no pieces and wholes together
+        groups.setdefault((id(p) in decays, hasattr(p, "to_local")), []).append(p)
+    listed = [{"params": ps, "weight_decay": o.weight_decay * decaying} for (decaying, _), ps in groups.items()]
     # GradScaler and the fused step look for infinities each in their own way.
-    fused = o.precision != "float16"
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=o.rate, betas=o.betas, eps=o.eps, fused=fused)
+    fused = o.precision != "float16" and not o.shard
+    return torch.optim.AdamW(listed, lr=o.rate, betas=o.betas, eps=o.eps, fused=fused)
 
 
 def build_discriminator_optimizer(config: Config, judge: nn.Module) -> torch.optim.Optimizer:

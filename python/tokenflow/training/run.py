@@ -221,7 +221,8 @@ class WeightAverage:
         """One step of the average."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.average.values()), list(self.module.parameters()), 1 - decay)
+        average, parameters = ([_local(t) for t in ts] for ts in (self.average.values(), self.module.parameters()))
+        torch._foreach_lerp_(average, parameters, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -259,6 +260,11 @@ class WeightAverage:
         self.updates = state["updates"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a sharded tensor, or the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def batch_rows(step: int, count: int, batch: int, seed: int) -> Tensor:

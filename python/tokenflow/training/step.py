@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tokenflow.data.loading import as_float
 from tokenflow.losses import Objective, clamp_logit_scale_
 from tokenflow.models import TokenFlow, Tokenizer, UniTok
-from tokenflow.training import parts
+from tokenflow.training import parts, sharding
 from tokenflow.training.config import Config
 from tokenflow.training.pictures import Batch
 
@@ -57,14 +57,22 @@ class Step:
         device = accelerator.device
         model.to(device)
         for parameter in model.parameters():
-            if parameter.dim() == 4:  # Module.to would try stacked convolutions, too
+            # Module.to would try stacked convolutions, too; FSDP2 takes none of them.
+            if parameter.dim() == 4 and not config.optimizer.shard:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.objective = objective.to(device).train()
         self.teacher = None if teacher is None else teacher.to(device)
+        self.sharded = config.optimizer.shard
+        if self.sharded:
+            self.portrait = sharding.Portrait(model, accelerator.is_main_process)
+            sharding.shard(model, parts.last_layer(model), device)
         optimizer = parts.build_optimizer(config, model)
         # Newer releases of torch have another name for what DDP shall not do with buffers, and mean more by it.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if self.sharded:
+            self.model, self.optimizer = model, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.judge = self.judge_optimizer = None
         if judge is not None:
             judge.to(device)
@@ -153,7 +161,8 @@ class Step:
     def _update(self, optimizer, trained: list[Tensor], clip: float) -> tuple[Tensor, bool]:
         """The gradient's norm, and whether the step was made: not where it is not finite, on no rank then."""
         self.accelerator.unscale_gradients(optimizer)
-        norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
+        clipping = sharding if self.sharded and optimizer is self.optimizer else nn.utils
+        norm = clipping.clip_grad_norm_(trained, clip or math.inf)
         finite = bool(norm.isfinite())
         # The scaler has to see infinities: it lowers its factor then, and skips the step itself.
         if finite or self.accelerator.scaler is not None:
