@@ -16,7 +16,7 @@ from tokenflow.training.engine import train
 from training_runs import child, curve, fork_server, pictures, small
 
 KILLS = 20
-STEPS = 60
+STEPS = 50
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def whole(data, tmp_path_factory):
 
 
 def short(data: Path, out: Path, **changes):
-    return short(data, out, **changes)
+    return small("tokenflow-tiny", data, out, **{"schedule": "constant", "save_every": 2, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -95,11 +95,11 @@ def test_killed_twenty_times_the_curve_is_the_same(data, tmp_path, forks):
             lambda: log.exists() and log.stat().st_mtime > started(process) and log.read_text().count("\n") > 0, process
         )
         if landed % 2:
-            wanted = newest_step(out) + 3 * draw.randrange(3)
+            wanted = newest_step(out) + 3 * draw.randrange(2)
             wait(lambda: newest_step(out) >= wanted and any(out.glob("*/*.part")), process)
             time.sleep(draw.uniform(0, 0.02))
         else:
-            time.sleep(draw.uniform(0, 0.5))
+            time.sleep(draw.uniform(0, 0.4))
         assert process.is_alive(), f"the run ended before kill {landed}, after {lines} lines"
         os.kill(process.pid, signal.SIGKILL)
         process.join()

@@ -64,7 +64,7 @@ def small(preset: str, data: Path, out: Path, **changes) -> Config:
     config = RECIPES[preset]
     values = {
         "steps": 6, "batch": 4, "precision": "float32", "workers": 0, "perceptual": 0.0, "semantic": 0.0, "log_every": 1,
-        "save_every": 2, "pictures_every": 0, "pictures": 2, "tensorboard": False, "patchgan_width": 16, "patchgan_layers": 1,
+        "save_every": 100, "pictures_every": 0, "pictures": 2, "tensorboard": False, "patchgan_width": 16, "patchgan_layers": 1,
         "discriminator": "patchgan", "patchgan_norm": "group", "checkpointing": False, "cpu": True, **changes,
     }  # fmt: skip
     for name in GROUPS:
@@ -92,7 +92,7 @@ def rank(config: Config, number: int, world: int, port: int, stop_at: int, keep:
     """One rank of a run: leaves its weights in rank-NUMBER.pt beside the run's folder; at a step the last rank alone is told
     to stop."""
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     step = engine.Step.__call__
 
     def watched(self, at, batches):

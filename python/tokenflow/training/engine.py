@@ -80,7 +80,6 @@ def _accelerated(config: Config) -> Iterator[Accelerator]:
     try:
         yield accelerator
     finally:
-        accelerator.free_memory()
         AcceleratorState._reset_state()
 
 

@@ -254,7 +254,8 @@ class WeightAverage:
             parameter.data, self.average[name] = self.average[name], parameter.data
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average}
+        # A dict of its own: what `applied` swaps stays out of it.
+        return {"updates": self.updates, "average": dict(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
