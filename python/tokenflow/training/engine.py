@@ -24,7 +24,7 @@ from tokenflow.models import Tokenizer, UniTok
 from tokenflow.training import parts
 from tokenflow.training.config import Config
 from tokenflow.training.folder import Folder
-from tokenflow.training.monitor import Monitor, check_tensorboard
+from tokenflow.training.monitor import Monitor, check_tensorboard, tell
 from tokenflow.training.pictures import TrainingSet
 from tokenflow.training.run import Interruption, WeightAverage
 from tokenflow.training.sharding import ShardedAverage, ShardedModel, ShardedOptimizer
@@ -64,7 +64,8 @@ def _accelerated(config: Config) -> Iterator[Accelerator]:
         raise ValueError(
             f"train: batch: wanted a multiple of {world * o.accumulate}, for {world} ranks of {o.accumulate} passes, got {o.batch}"
         )
-    if o.precision == "bfloat16" and cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    first = os.environ.get("RANK", "0") == "0"
+    if first and o.precision == "bfloat16" and cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print(
             "tokenflow: this processor has no arithmetic for bfloat16: --precision float32 is faster", file=sys.stderr
         )
@@ -157,7 +158,7 @@ class _Run:
         if finite:
             return 0
         if lost == 0 and self.first_rank and self.accelerator.scaler is None:
-            print(f"tokenflow: step {self.done}: the gradient is not finite; the step is left out", file=sys.stderr)
+            tell(f"step {self.done}: the gradient is not finite; the step is left out")
         if lost + 1 == PATIENCE:
             raise ValueError(
                 f"train: the gradient was not finite for {PATIENCE} steps up to step {self.done}; the checkpoints are from before: "
@@ -234,16 +235,20 @@ class _Run:
         except OSError as error:
             if must:
                 raise
-            print(f"tokenflow: {error}; training goes on, the former checkpoint is kept", file=sys.stderr)
+            tell(f"{error}; training goes on, the former checkpoint is kept")
 
     def _restore(self) -> None:
         if self.first_rank:
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         state = self.folder.newest()
         self.done = 0 if state is None else state["step"]
+        found = self.accelerator.gather(torch.tensor([self.done], device=self.accelerator.device)).tolist()
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"train: out: wanted a folder that all ranks share, got checkpoints of the steps {found} in {self.folder.path}"
+            )
         if self.first_rank:
             self.folder.tidy(self.done)
-        self.accelerator.wait_for_everyone()
         if state is None:
             return
         for name, part in self._parts().items():

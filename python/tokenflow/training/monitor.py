@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,7 +64,8 @@ class Monitor:
         if not self.shown:
             return
         bar.set_postfix_str(", ".join(f"{n} {values[n]:.3g}" for n in ON_THE_BAR if n in values), refresh=False)
-        self.folder.append({"step": step, **values})
+        with _spared("the log"):
+            self.folder.append({"step": step, **values})
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -84,11 +86,26 @@ class Monitor:
         decoded = torch.cat([model.reconstruct(image[None].to(device)).cpu() for image in images])
         sheet = torch.cat([torch.cat(list(row), dim=2) for row in (images, decoded)], dim=1)
         path = self.folder.path / "pictures" / f"step-{step:08}.png"
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as temporary:
-            pil_image(sheet).save(temporary, "PNG")
+        with _spared(str(path)):
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                pil_image(sheet).save(temporary, "PNG")
         if self.writer is not None:
             self.writer.add_image("original above reconstruction", sheet.add(1).div(2).clamp(0, 1), step)
+
+
+@contextlib.contextmanager
+def _spared(what: str) -> Iterator[None]:
+    """What cannot be written here is said; it must not end a run, whose checkpoints matter more."""
+    try:
+        yield
+    except OSError as error:
+        tell(f"{what} could not be written ({error})")
+
+
+def tell(sentence: str) -> None:
+    """A sentence on standard error, above the bar."""
+    tqdm.write(f"tokenflow: {sentence}", file=sys.stderr)
 
 
 def check_tensorboard(config: Config) -> None:

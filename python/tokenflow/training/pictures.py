@@ -1,14 +1,16 @@
 """The pictures of every step: a function of seed, step and place in the batch, whatever the workers, ranks and restarts.
 
-Row i of the data set's epoch e is at place p = i mod B of step e floor(N / B) + floor(i / B), in an order that seed and e
-decide; ranks and accumulated passes take equal stretches of a batch. A picture that cannot be read gives its place to another
-one, drawn by the same rule.
+    row(step, place) = order(seed, epoch)[B index + place],   (epoch, index) = divmod(step, floor(N / B))
+
+for N pictures in batches of B. Ranks and accumulated passes take equal stretches of a batch. A picture that cannot be read
+gives its place to another one, drawn from the same numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -99,6 +101,7 @@ class TrainingSet:
             collate_fn=reading.together,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_interrupts,
         )
         for batch in loader:
             if batch.failure:
@@ -114,6 +117,12 @@ class TrainingSet:
                 image = _read(self.entries[row], lambda image: fitted(on_white(image), self.size))
                 found += [image] if isinstance(image, Tensor) else []
         return torch.stack(found) if found else torch.zeros(0, 3, *self.size, dtype=torch.uint8)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; when to stop is the training process's to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Place(NamedTuple):
@@ -144,8 +153,8 @@ def rows_of(step: int, count: int, batch: int, seed: int) -> np.ndarray:
     """Rows of the batch of a step: every epoch is a fresh permutation, its last rows that fill no batch left out.
 
     Example:
-        >>> sorted([*rows_of(0, 7, 3, 0), *rows_of(1, 7, 3, 0)])[:2] == sorted(_order(7, 0, 0)[:6])[:2]
-        True
+        >>> sorted(int(row) for step in (0, 1) for row in rows_of(step, 6, 3, seed=0))
+        [0, 1, 2, 3, 4, 5]
     """
     epoch, index = divmod(step, count // batch)
     return _order(count, seed, epoch)[index * batch : (index + 1) * batch]
