@@ -16,7 +16,7 @@ from tokenflow.training.engine import train
 from training_runs import child, curve, fork_server, pictures, small
 
 KILLS = 20
-STEPS = 50
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def one_thread():
 
 
 def everything(data, out):
-    """A run in which every part has a state: discriminator, LeCam, averages, revival, accumulation, scale dropout."""
+    """A run in which every part has a state: discriminator, LeCam, averages, revival, scale dropout."""
     return small(
         "tokenflow-tiny", data, out, steps=STEPS, save_every=3, adversarial=0.5, adversarial_from=10, lecam=0.1,
-        patchgan_norm="batch", augment=True, accumulate=2, crop="random",
+        patchgan_norm="batch", augment=True, crop="random",
     )  # fmt: skip
 
 
