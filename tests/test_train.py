@@ -18,8 +18,9 @@ from tokenflow.training.command import parse
 from tokenflow.training.config import Config, OptimizerConfig, as_json, from_json
 from tokenflow.training.engine import train
 from tokenflow.training.folder import Folder, read_config
-from tokenflow.training.pictures import TrainingSet, rows_of
+from tokenflow.training.pictures import TrainingSet
 from tokenflow.training.recipes import RECIPES
+from tokenflow.training.run import batch_rows
 from training_runs import MODELS, curve, pictures, small, vocabulary
 
 
@@ -307,10 +308,10 @@ def test_batches_do_not_depend_on_workers_ranks_or_restarts(data, tmp_path):
 
 
 def test_an_epoch_shows_every_picture_once_and_the_next_another_order():
-    rows = [rows_of(step, 20, 5, seed=3) for step in range(8)]
+    rows = [batch_rows(step, 20, 5, seed=3) for step in range(8)]
     first, second = np.concatenate(rows[:4]), np.concatenate(rows[4:])
     assert sorted(first) == sorted(second) == list(range(20)) and (first != second).any()
-    assert (np.concatenate([rows_of(step, 20, 5, seed=4) for step in range(4)]) != first).any()
+    assert (np.concatenate([batch_rows(step, 20, 5, seed=4) for step in range(4)]) != first).any()
 
 
 def test_crops_and_flips(tmp_path):
@@ -323,8 +324,9 @@ def test_crops_and_flips(tmp_path):
     config = small(
         "tokenflow-tiny", folder, tmp_path / "r", steps=100, batch=2, crop="random", smallest_crop=0.5, flip=True
     )
-    sides, mirrored, lefts = [], 0, []
+    sides, mirrored, lefts, apart = [], 0, [], 0
     for batch in TrainingSet(config, (10, 10)).batches(0):
+        apart += not torch.equal(batch.images[0], batch.images[1])
         for image in batch.images.double():
             step = image[0, 0, 9] - image[0, 0, 0]
             mirrored += bool(step < 0)
@@ -332,7 +334,7 @@ def test_crops_and_flips(tmp_path):
             lefts.append(float(image[0, 0].min()))
             assert float(image[1, 9, 0] - image[1, 0, 0]) == pytest.approx(abs(float(step)), abs=2)
     assert 49 <= min(sides) < 55 and 95 < max(sides) <= 101
-    assert 70 < mirrored < 130 and max(lefts) > 30
+    assert 70 < mirrored < 130 and max(lefts) > 30 and apart > 95
     centre = replace(config, picture=replace(config.picture, crop="centre", flip=False))
     batches = list(TrainingSet(centre, (10, 10)).batches(98))
     assert torch.equal(batches[0].images[0], batches[1].images[1])
@@ -364,7 +366,7 @@ def test_shards_and_captions(tmp_path):
     config = small("unitok-b", tmp_path / "0.tar", tmp_path / "r", words=words, batch=6, steps=3)
     batch = next(TrainingSet(config, (32, 32), 8).batches(0))
     missing = [i for i in range(6) if i not in batch.captioned]
-    assert batch.words.shape == (5, 8) and len(missing) == 1 and rows_of(0, 6, 6, 0)[missing[0]] == 2
+    assert batch.words.shape == (5, 8) and len(missing) == 1 and batch_rows(0, 6, 6, 0)[missing[0]] == 2
     assert batch.words[:, 0].eq(0).all() and batch.words[:, 1].eq(1).all() and batch.words[:, 3].eq(98).all()
     train(config)
     assert all(line["contrastive"] > 0 for line in curve(config.out))

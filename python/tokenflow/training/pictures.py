@@ -12,7 +12,6 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from tokenflow.data.entries import Entry, data_set
 from tokenflow.data.pictures import fitted, on_white, opened
 from tokenflow.models.text import TextTokenizer
 from tokenflow.training.config import Config
+from tokenflow.training.run import batch_rows
 
 TRIES = 64
 """Pictures that may be broken one after another before the data set is given up."""
@@ -143,26 +143,10 @@ class _Plan:
         o = self.config.optimizer
         size = o.batch // self.world // o.accumulate
         for step in range(self.first, o.steps):
-            rows = rows_of(step, self.count, o.batch, self.config.seed)
+            rows = batch_rows(step, self.count, o.batch, self.config.seed).tolist()
             for part in range(o.accumulate):
                 begin = (part * self.world + self.rank) * size
-                yield [Place(step, place, int(rows[place])) for place in range(begin, begin + size)]
-
-
-def rows_of(step: int, count: int, batch: int, seed: int) -> np.ndarray:
-    """Rows of the batch of a step: every epoch is a fresh permutation, its last rows that fill no batch left out.
-
-    Example:
-        >>> sorted(int(row) for step in (0, 1) for row in rows_of(step, 6, 3, seed=0))
-        [0, 1, 2, 3, 4, 5]
-    """
-    epoch, index = divmod(step, count // batch)
-    return _order(count, seed, epoch)[index * batch : (index + 1) * batch]
-
-
-@lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, 0, epoch]).permutation(count)
+                yield [Place(step, place, rows[place]) for place in range(begin, begin + size)]
 
 
 class _Reading(Dataset):

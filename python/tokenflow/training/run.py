@@ -8,6 +8,7 @@ temporary name first; the same call after a crash, a kill or Ctrl-C goes on from
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -279,5 +280,9 @@ def batch_rows(step: int, count: int, batch: int, seed: int) -> Tensor:
     """
     per_epoch = max(1, count // batch)
     epoch, index = divmod(step, per_epoch)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[index * batch : (index + 1) * batch]
+    return _order(count, seed * 1_000_003 + epoch)[index * batch : (index + 1) * batch]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
