@@ -90,3 +90,23 @@ def test_pictures_are_small_and_drawn_by_the_script():
     assert set(files) == set(re.findall(r"\w+", drawn[1]))
     for path in files.values():
         assert path.stat().st_size < 60_000, path
+
+
+def test_code_of_training_runs(tmp_path):
+    """docs/training.md's example, on a model of its own on pictures made here."""
+    from training_runs import pictures
+
+    given = {"pictures": pictures(tmp_path / "pictures"), "folder": tmp_path / "run"}
+    (code,) = examples(ROOT / "docs" / "training.md")
+    exec(code, given)
+    assert (given["model_folder"] / "model.safetensors").exists()
+
+
+def test_commands_of_training_are_read():
+    """Every `tokenflow train` of docs/training.md, but the one that goes on."""
+    from tokenflow.training.command import parse
+
+    text = (ROOT / "docs" / "training.md").read_text()
+    commands = re.findall(r"tokenflow train ((?!--resume)\S+ --data [^#\n]+)", text)
+    assert len(commands) == 2
+    assert [parse(command.split()).config.preset for command in commands] == ["tokenflow-tiny", "tokenflow-b"]

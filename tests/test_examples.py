@@ -1,4 +1,4 @@
-"""Every docstring example of the core, and of data, evaluation, losses, models and report runs."""
+"""Every docstring example of the core, and of data, evaluation, losses, models, report and training runs."""
 
 import doctest
 import importlib
@@ -10,6 +10,7 @@ import tokenflow.evaluation
 import tokenflow.losses
 import tokenflow.models
 import tokenflow.report
+import tokenflow.training
 import torch
 
 import tokenflow_ext
@@ -23,6 +24,7 @@ MODULES = [
         tokenflow.losses,
         tokenflow.models,
         tokenflow.report,
+        tokenflow.training,
     )
     for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not m.name.endswith("._C")

@@ -1,4 +1,4 @@
-"""The command line: demo, reconstruct, encode, evaluate, generate, info."""
+"""The command line: demo, train, reconstruct, encode, evaluate, generate, info."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tokenflow.errors import Missing
+from tokenflow.training import command as training
 
 OUT = Path("runs/demo")
 
@@ -190,16 +191,21 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     commands = {
         "demo": Demo,
+        "train": training.Train,
         "reconstruct": Reconstruct,
         "encode": Encode,
         "evaluate": Evaluate,
         "generate": Generate,
         "info": Info,
     }
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="tokenflow", args=arguments, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["train"]:
+            command = training.parse(arguments[1:])
+        else:
+            command = tyro.extras.subcommand_cli_from_dict(
+                commands, prog="tokenflow", args=arguments, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+            )
         command.run()
     except (Missing, OSError, ValueError) as error:
         # The system's own errors have a reason and a file; ours are sentences.
@@ -207,7 +213,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"tokenflow: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        hints = {Demo: "; the same command goes on from the last checkpoint", Encode: "; the same command goes on"}
+        hints = dict.fromkeys((Demo, training.Train), "; the same command goes on from the last checkpoint")
+        hints[Encode] = "; the same command goes on"
         hint = hints.get(type(command), "")
         print(f"tokenflow: stopped{hint}", file=sys.stderr)
         raise SystemExit(130) from None

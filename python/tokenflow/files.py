@@ -21,6 +21,12 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[Path]:
     with temporary.open("rb+") as handle:
         os.fsync(handle.fileno())
     os.replace(temporary, path)
+    # Else a power cut may undo the renaming and keep what was done after it, such as the removal of an older file.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_whole(path: Path, content: bytes | str, *, writer: str = "") -> None:

@@ -44,16 +44,26 @@ def load_teacher() -> nn.Module:
 
 
 @torch.inference_mode()
-def teacher_features(images: Tensor, *, batch: int = 64) -> Tensor:
-    """Features [N, 1280, 4, 4] in bfloat16 of uint8 images [N, 3, H, W], resized to 128 px."""
+def teacher_features(images: Tensor, *, batch: int = 64, half: bool = True) -> Tensor:
+    """Features [N, 1280, 4, 4] in bfloat16 of uint8 images [N, 3, H, W], resized to 128 px.
+
+    Args:
+        images: the pictures.
+        batch: pictures at once.
+        half: whether they are computed in bfloat16, too.
+    """
     teacher = load_teacher().to(memory_format=torch.channels_last)
     out = []
     for chunk in tqdm(images.split(batch), desc="teacher features", unit="batch"):
-        x = F.interpolate(chunk.float() / 255, (SIDE, SIDE), mode="bicubic", antialias=False).clamp(0, 1)
-        x = ((x - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            out.append(teacher.extract_features(x).bfloat16())
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out.append(features_of(teacher, chunk.float() / 255).bfloat16())
     return torch.cat(out)
+
+
+def features_of(teacher: nn.Module, pictures: Tensor) -> Tensor:
+    """Features [N, 1280, 4, 4] of pictures [N, 3, H, W] in [0, 1], in autocast's type."""
+    x = F.interpolate(pictures, (SIDE, SIDE), mode="bicubic", antialias=False).clamp(0, 1)
+    return teacher.extract_features(((x - MEAN) / SCALE).contiguous(memory_format=torch.channels_last))
 
 
 @torch.inference_mode()
@@ -66,13 +76,23 @@ def teacher_targets(features: Tensor, train_rows: Tensor, *, dim: int = DIM, gri
         dim: number of principal directions, at most F.
         grid: side of the result, bilinear.
     """
-    rows = features[train_rows].float().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    mean, basis, kept = principal_directions(features[train_rows], dim)
+    targets = []
+    for chunk in features.split(512):
+        targets.append(reduced(chunk, mean, basis, grid))
+    return torch.cat(targets), kept
+
+
+def principal_directions(features: Tensor, dim: int) -> tuple[Tensor, Tensor, float]:
+    """(mean [F], directions [F, dim], share of the variance that they keep) of the cells of features [N, F, h, w]."""
+    rows = features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
     mean = rows.mean(0)
     covariance = (rows - mean).T @ (rows - mean) / len(rows)
     values, vectors = torch.linalg.eigh(covariance)
-    basis = vectors[:, -dim:].flip(1)
-    targets = []
-    for chunk in features.split(512):
-        reduced = torch.einsum("nfhw,fd->ndhw", chunk.float() - mean[:, None, None], basis)
-        targets.append(F.interpolate(reduced, (grid, grid), mode="bilinear", align_corners=False))
-    return torch.cat(targets), float(values[-dim:].sum() / values.sum())
+    return mean, vectors[:, -dim:].flip(1), float(values[-dim:].sum() / values.sum())
+
+
+def reduced(features: Tensor, mean: Tensor, basis: Tensor, grid: int) -> Tensor:
+    """P^T (phi - m) of features [N, F, h, w] on another grid: [N, dim, grid, grid]."""
+    maps = torch.einsum("nfhw,fd->ndhw", features.float() - mean[:, None, None], basis)
+    return F.interpolate(maps, (grid, grid), mode="bilinear", align_corners=False)

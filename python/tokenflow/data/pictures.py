@@ -130,11 +130,24 @@ def read_picture(source: Path | bytes, size: int | tuple[int, int] = SIZE) -> Te
     Raises:
         OSError: the picture is broken or of an unknown format.
     """
-    image = opened(source)
-    height, width = (size, size) if isinstance(size, int) else size
-    scale = min(image.width / width, image.height / height)
+    return fitted(opened(source), size if isinstance(size, tuple) else (size, size))
+
+
+def fitted(
+    image: Image.Image, size: tuple[int, int], share: float = 1.0, place: tuple[float, float] = (0.5, 0.5)
+) -> Tensor:
+    """A crop of an RGB picture, resized by area (enlarged bicubically): uint8 [3, h, w].
+
+    Args:
+        image: the picture.
+        size: h and w.
+        share: side of the crop over that of the largest one of this shape.
+        place: where between top and bottom, left and right the crop lies, in [0, 1].
+    """
+    height, width = size
+    scale = min(image.width / width, image.height / height) * share
     crop = (max(1, round(width * scale)), max(1, round(height * scale)))
-    left, top = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
+    left, top = int((image.width - crop[0]) * place[1]), int((image.height - crop[1]) * place[0])
     image = image.crop((left, top, left + crop[0], top + crop[1]))
     if crop != (width, height):
         image = image.resize((width, height), Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC)

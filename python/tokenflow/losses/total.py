@@ -48,6 +48,8 @@ class Weights:
         augment: whether the generator's step shows the discriminator augmented reconstructions (colour, translation).
         cutout: side of the holes that the consistency cuts, over the picture's.
         perceptual_side: smallest height of pictures with a perceptual term.
+        perceptual_start: first step with one.
+        perceptual_pictures: how many pictures of a batch it looks at, the first ones; 0 for all.
 
     Raises:
         ValueError: a weight that is negative or not finite, an unknown kind, limits out of order, or a cutout above 1.
@@ -75,6 +77,8 @@ class Weights:
     augment: bool = False
     cutout: float = 0.2
     perceptual_side: int = 0
+    perceptual_start: int = 0
+    perceptual_pictures: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -203,8 +207,9 @@ class Objective(nn.Module):
             terms["l1"] = _check.mean(difference.abs())
         if weights.mse:
             terms["mse"] = _check.mean(difference.square())
-        if weights.perceptual and images.shape[2] >= weights.perceptual_side:
-            terms["perceptual"] = _check.mean(self.perceptual(reconstruction, images))
+        if weights.perceptual and images.shape[2] >= weights.perceptual_side and step >= weights.perceptual_start:
+            seen = slice(weights.perceptual_pictures or None)
+            terms["perceptual"] = _check.mean(self.perceptual(reconstruction[seen], images[seen]))
         # Zero times a sum keeps the graph where every weight is zero.
         pixels = self._sum(terms) if terms else 0.0 * difference.sum()
         other = {}

@@ -7,8 +7,9 @@ temporary name first; the same call after a crash, a kill or Ctrl-C goes on from
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-import os
 import signal
 import threading
 import time
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from tokenflow.files import replacing
 
 
 class Stateful(Protocol):
@@ -31,12 +34,8 @@ class Stateful(Protocol):
 
 def write_atomically(value: Any, path: Path) -> None:
     """torch.save under a temporary name, flushed to disk, then renamed: `path` is always whole or absent."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as handle:
-        torch.save(value, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(value, temporary)
 
 
 class Stage:
@@ -223,20 +222,51 @@ class WeightAverage:
         """One step of the average."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.average.values()), list(self.module.parameters()), 1 - decay)
+        average, parameters = ([_local(t) for t in ts] for ts in (self.average.values(), self.module.parameters()))
+        torch._foreach_lerp_(average, parameters, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         """Give `module`, of the same class, the averaged parameters and the module's own buffers."""
         module.load_state_dict({**self.module.state_dict(), **self.average})
 
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """In this context the module has the averaged parameters; nothing is copied.
+
+        Example:
+            >>> layer = nn.Linear(1, 1)
+            >>> average, before = WeightAverage(layer, decay=0.9), layer.weight.item()
+            >>> _ = nn.init.constant_(layer.weight, 7.0)
+            >>> with average.applied() as averaged:
+            ...     averaged.weight.item() == before
+            True
+            >>> layer.weight.item()
+            7.0
+        """
+        self._swap()
+        try:
+            yield self.module
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average}
+        # A dict of its own: what `applied` swaps stays out of it.
+        return {"updates": self.updates, "average": dict(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a sharded tensor, or the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def batch_rows(step: int, count: int, batch: int, seed: int) -> Tensor:
@@ -250,5 +280,9 @@ def batch_rows(step: int, count: int, batch: int, seed: int) -> Tensor:
     """
     per_epoch = max(1, count // batch)
     epoch, index = divmod(step, per_epoch)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[index * batch : (index + 1) * batch]
+    return _order(count, seed * 1_000_003 + epoch)[index * batch : (index + 1) * batch]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
