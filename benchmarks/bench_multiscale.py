@@ -62,13 +62,15 @@ SIZES = {
 }
 
 
-def tokenflow_loop(features, *tables, scales, training: bool):
+def tokenflow_loop(features, *tables, scales, training: bool, pixel_weight: float = 1.0):
     """TokenFlow's residual loop around its quantizer, restated: area down, bicubic up, a detached residual."""
     size, residual, total, ids, losses = features.shape[2:], features, 0.0, [], []
     widths = [t.shape[1] for t in tables]
     for s in scales:
         pooled = F.interpolate(residual, size=(s, s), mode="area").permute(0, 2, 3, 1).reshape(-1, sum(widths))
-        q, index, loss = tokenflow_quantize(*pooled.split(widths, dim=1), *tables, training=training)
+        q, index, loss = tokenflow_quantize(
+            *pooled.split(widths, dim=1), *tables, training=training, pixel_weight=pixel_weight
+        )
         step = q.view(-1, s, s, sum(widths)).permute(0, 3, 1, 2)
         up = F.interpolate(step, size=size, mode="bicubic")
         total, residual = total + up, residual - up.detach()

@@ -13,7 +13,7 @@ import table
 ACCEPTED = 0.85
 A, C, D, E = "A, TokenFlow's pixel table:", "C, UniTok:", "D, wide VAR:", "E, VQGAN:"
 LOOP, VAR = "multiscale_quantize, TokenFlow, forward", "multiscale_quantize, VAR, forward"
-EXPRESSION, LUCIDRAINS = "TokenFlow's expression", "vector-quantize-pytorch"
+EXPRESSION, LUCIDRAINS, EAGER = "TokenFlow's expression", "vector-quantize-pytorch", "eager transcription"
 MOVERS = ("lookup, forward", "lookup, forward + backward", "code_statistics", "ema_update_")
 
 
@@ -97,6 +97,8 @@ GOALS = [
         value("times_less_memory", "training step", "TokenFlow", LUCIDRAINS),
     ),
     Goal("entropy loss, forward + backward, N 4096, K 32768", 10, "x", faster("entropy_loss, forward + backward", "pixel half", "twin")),
+    Goal("TokenFlow-B encodes at 224: against the layer-by-layer transcription", 1.5, "x", faster("model: encode", "tokenflow-b", EAGER)),
+    Goal("tokenflow-tiny's training step against the transcription", 1.5, "x", faster("model: training step", "tokenflow-tiny", EAGER)),
     *(Goal(f"{op}: share of the copy bandwidth, least", 60, "%", share) for op, share in (
         (op, lambda rows, op=op: percent(value("share_of_copy", op)(rows))) for op in MOVERS
     )),

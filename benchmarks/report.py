@@ -36,6 +36,9 @@ QUOTED = (  # op, and size as it begins
     ("code_statistics", "VQGAN"),
     ("ema_update_", "VQGAN"),
     ("overhead, nearest_code", ""),
+    ("model: encode", ""),
+    ("model: reconstruct", ""),
+    ("model: training step", ""),
 )
 
 

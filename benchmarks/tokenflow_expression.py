@@ -22,18 +22,25 @@ def entropy(distance: torch.Tensor, temperature: float = 0.01) -> torch.Tensor:
     return -(p * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
 
 
-def tokenflow_quantize(semantic, pixel, semantic_codes, pixel_codes, *, training: bool, beta: float = 0.25):
-    """(quantized [N, 40], ids [N], loss or None) of rows [N, 32] and [N, 8] with tables [K, 32] and [K, 8]."""
+def tokenflow_quantize(
+    semantic, pixel, semantic_codes, pixel_codes, *, training: bool, beta: float = 0.25, pixel_weight: float = 1.0
+):
+    """(quantized [N, 40], ids [N], loss or None) of rows [N, 32] and [N, 8] with tables [K, 32] and [K, 8].
+
+    Tables without a gradient follow their rows by an average: the loss is then the commitment alone.
+    """
     rows = [F.normalize(x, dim=-1) for x in (semantic, pixel)]
     codes = [F.normalize(c, dim=-1) for c in (semantic_codes, pixel_codes)]
     by_table = [distances(x, c) for x, c in zip(rows, codes)]
-    distance = by_table[0] + 1.0 * by_table[1]
+    distance = by_table[0] + pixel_weight * by_table[1]
     logged = [d.square().sum(1).mean() for d in by_table]
     indices = distance.argmin(1)
     one_hot = F.one_hot(indices, distance.shape[1]).to(semantic.dtype)
     y, q = torch.cat(rows, 1), torch.cat([c[indices] for c in codes], 1)
     loss = None
     if training:
-        loss = (q - y.detach()).square().mean() + beta * (q.detach() - y).square().mean() + 0.0 * entropy(distance)
+        loss = beta * (q.detach() - y).square().mean() + 0.0 * entropy(distance)
+        if semantic_codes.requires_grad:
+            loss = (q - y.detach()).square().mean() + loss
     del logged, one_hot
     return y + (q - y).detach(), indices, loss

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokenflow.errors import Missing
+from tokenflow.models.precision import autocast
 
 SIDE = 128
 DIM = 128
@@ -44,18 +45,18 @@ def load_teacher() -> nn.Module:
 
 
 @torch.inference_mode()
-def teacher_features(images: Tensor, *, batch: int = 64, half: bool = True) -> Tensor:
+def teacher_features(images: Tensor, *, batch: int = 64, dtype: torch.dtype | None = None) -> Tensor:
     """Features [N, 1280, 4, 4] in bfloat16 of uint8 images [N, 3, H, W], resized to 128 px.
 
     Args:
         images: the pictures.
         batch: pictures at once.
-        half: whether they are computed in bfloat16, too.
+        dtype: the type they are computed in, `fast_dtype` of the device by default.
     """
     teacher = load_teacher().to(memory_format=torch.channels_last)
     out = []
     for chunk in tqdm(images.split(batch), desc="teacher features", unit="batch"):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with autocast(chunk.device, dtype):
             out.append(features_of(teacher, chunk.float() / 255).bfloat16())
     return torch.cat(out)
 

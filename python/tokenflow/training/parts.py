@@ -156,8 +156,8 @@ def build_teacher(config: Config, model: Tokenizer, images: Callable[[], Tensor]
     c = model.config
     if c.tower is None:
         try:
-            half = config.optimizer.precision == "bfloat16"
-            return PrincipalTeacher(run / TEACHER, images, c.teacher_dim, c.scales[-1] // 2, half=half)
+            dtype = torch.bfloat16 if config.optimizer.precision == "bfloat16" else torch.float32
+            return PrincipalTeacher(run / TEACHER, images, c.teacher_dim, c.scales[-1] // 2, dtype=dtype)
         except Missing as error:
             raise Missing(f"{error}; --semantic 0 trains without a teacher") from error
     if config.loss.tower is None:

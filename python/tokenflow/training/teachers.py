@@ -82,18 +82,18 @@ class PrincipalTeacher(nn.Module):
         images: gives uint8 [N, 3, H, W] to find them from; called where the file is not there.
         dim: D.
         grid: side of the result.
-        half: whether features are computed in bfloat16 for that.
+        dtype: the type features are computed in for that.
 
     Raises:
         Missing: the packages are not installed.
         ValueError: too few pictures.
     """
 
-    def __init__(self, path: Path, images: Callable[[], Tensor], dim: int, grid: int, *, half: bool) -> None:
+    def __init__(self, path: Path, images: Callable[[], Tensor], dim: int, grid: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.network, self.grid = teacher.load_teacher(), grid
         if not path.exists():
-            features = teacher.teacher_features(images(), half=half)
+            features = teacher.teacher_features(images(), dtype=dtype)
             if features.shape[0] * features.shape[2] * features.shape[3] <= dim:
                 raise ValueError(
                     f"train: data: wanted more pictures for {dim} principal directions, got {len(features)}"
