@@ -79,7 +79,7 @@ def test_three_rows_one_page_and_going_on_after_a_stop(stand_ins, tmp_path, monk
     assert rows["distilled"]["parameters"] < rows["shared"]["parameters"] == rows["multi-scale"]["parameters"]
     for name, row in rows.items():
         model = TokenFlow.from_pretrained(out / name / "tokenizer")
-        assert model.config == replace(PRESETS["tokenflow-tiny"], **{k: tuple(v) if k == "scales" else v for k, v in row["changes"].items()})
+        assert model.config == replace(PRESETS["tokenflow-tiny"], **ablation.VARIANTS[name].changes)
         assert row["title"] in said
     page = (out / "index.html").read_text()
     sources = re.findall(r"<img[^>]*src='([^']*)'", page)

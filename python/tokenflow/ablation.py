@@ -160,9 +160,7 @@ def made(
     return Row(variant, found["numbers"], found["shown"])
 
 
-def measured(
-    model: TokenFlow, stage: Stage, pictures: Pictures, targets: Tensor, chosen: list[int]
-) -> dict[str, Any]:
+def measured(model: TokenFlow, stage: Stage, pictures: Pictures, targets: Tensor, chosen: list[int]) -> dict[str, Any]:
     """ "numbers" by name, of held-out pictures where nothing else is said, None where one cannot be had, and "shown"."""
     train, test = pictures.rows("train", "pair"), pictures.rows("test")
     indices = tokens_of(model, pictures)

@@ -56,9 +56,7 @@ def verdict(rows: Mapping[str, Row]) -> list[str]:
         for name in (*RECONSTRUCTION, "probe")
         if all(row.numbers[name] is not None for row in published)
     }
-    shown = {
-        name: f"{name} {', '.join(COLUMNS[name].format(v) for v in values)}" for name, values in found.items()
-    }
+    shown = {name: f"{name} {', '.join(COLUMNS[name].format(v) for v in values)}" for name, values in found.items()}
     wrong = [
         name
         for name, sign in RECONSTRUCTION.items()
