@@ -11,6 +11,7 @@ from drawn import drawn_folder
 from PIL import Image
 from tokenflow.cli import main
 from tokenflow.data import image_folder
+from tokenflow.models.precision import fast_dtype
 from tokenflow.models.tokenflow import TokenFlow
 from tokenflow.report.charts import bar_chart, line_chart, ticks
 from tokenflow.report.pixels import data_uri, sheet
@@ -75,12 +76,16 @@ def test_page_is_whole_and_needs_nothing_else(finished):
 
 
 def test_numbers_are_written_with_their_conditions(finished):
-    plan, _ = finished
+    plan, text = finished
     numbers = json.loads((plan.out / "numbers.json").read_text())
     tokenizer = numbers["tokenizer"]
     assert len(tokenizer["psnr of prefixes"]) == 5 and tokenizer["psnr"] == tokenizer["psnr of prefixes"][-1]
     assert 0 < tokenizer["codebook use"] <= 1 and 1 <= tokenizer["perplexity"] <= 2048
-    assert numbers["conditions"]["tokenizer"]["steps"] == numbers["conditions"]["generator"]["steps"] == 3
+    conditions = numbers["conditions"]
+    assert conditions["tokenizer"]["steps"] == conditions["generator"]["steps"] == 3
+    dtype = str(fast_dtype("cpu")).removeprefix("torch.")
+    assert conditions["tokenizer"]["dtypes"] == conditions["generator"]["dtypes"] == [dtype]
+    assert f"Trained the tokenizer in {dtype} and the generator in {dtype}." in text
     assert numbers["skipped"][0].startswith("torn.png")
 
 

@@ -190,8 +190,12 @@ def conditions(
         "torch": torch.__version__,
         "python": platform.python_version(),
         "seed": plan.seed,
-        "tokenizer": {"steps": stage.step, "seconds": stage.elapsed},
-        "generator": {"steps": generator_stage.step, "seconds": generator_stage.elapsed},
+        "tokenizer": {"steps": stage.step, "seconds": stage.elapsed, "dtypes": stage.dtypes},
+        "generator": {
+            "steps": generator_stage.step,
+            "seconds": generator_stage.elapsed,
+            "dtypes": generator_stage.dtypes,
+        },
         "seconds of this call": {**times, "all": time.perf_counter() - start},
         "peak memory, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }

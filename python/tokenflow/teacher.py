@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokenflow.errors import Missing
+from tokenflow.models.precision import autocast
 
 SIDE = 128
 DIM = 128
@@ -51,7 +52,7 @@ def teacher_features(images: Tensor, *, batch: int = 64) -> Tensor:
     for chunk in tqdm(images.split(batch), desc="teacher features", unit="batch"):
         x = F.interpolate(chunk.float() / 255, (SIDE, SIDE), mode="bicubic", antialias=False).clamp(0, 1)
         x = ((x - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(x.device):
             out.append(teacher.extract_features(x).bfloat16())
     return torch.cat(out)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tokenflow.data.pictures import Pictures
 from tokenflow.generator.model import Generator
 from tokenflow.generator.sample import GUIDANCE, TOP_K, TOP_P, generate
+from tokenflow.models.precision import autocast
 
 TYPED = (
     "blue apple",
@@ -61,7 +62,7 @@ def cross_entropy(model: Generator, captions: Sequence[str], indices: Tensor, ba
     for start in range(0, len(captions), batch):
         texts, tokens = captions[start : start + batch], indices[start : start + batch]
         maps, doubt = model.draft(*model.vocabulary.sets(texts))
-        with torch.autocast(tokens.device.type, torch.bfloat16):
+        with autocast(tokens.device):
             logits = model(model.vocabulary.ids(texts), model.inputs(tokens), model.rows(maps), doubt)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
         total += torch.stack([part.mean(1).sum() for part in losses.split(model.lengths, dim=1)])

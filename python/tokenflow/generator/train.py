@@ -14,6 +14,7 @@ from tokenflow.data.pictures import Pictures
 from tokenflow.generator.draft import Draft
 from tokenflow.generator.model import Generator, GeneratorConfig
 from tokenflow.generator.vocabulary import Vocabulary
+from tokenflow.models.precision import autocast, fast_dtype
 from tokenflow.training.run import Stage, WeightAverage
 
 
@@ -59,7 +60,7 @@ def features_of(tokenizer: nn.Module, pictures: Pictures, *, batch: int = 64) ->
 
     They are a smoother target for the draft than the accumulated codes, which carry the error of the search.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(pictures.images.device):
         return torch.cat(
             [
                 tokenizer.encode_features(pictures.float_images(slice(i, i + batch))).float()
@@ -164,6 +165,7 @@ def train_generator(
         seed=seed,
         settings=settings,
         parts={"model": Trained(model), "optimizer": optimizer, "average": average},
+        dtype=fast_dtype(pictures.images.device),
     )
     early, late = len(model.level) - model.lengths[-1], model.lengths[-1]
     model.train()
@@ -177,7 +179,7 @@ def train_generator(
         draft = model.rows(model.draft.maps(drafts[which, picked].masked_fill(uncaptioned[:, None], 0.0)))
         inputs = model.inputs(indices[picked])
         last = early + torch.rand(recipe.batch, late).argsort(1)[:, : max(1, round(recipe.last_share * late))]
-        with torch.autocast(inputs.device.type, torch.bfloat16):
+        with autocast(inputs.device):
             loss, losses = model.loss(
                 text, inputs, draft, doubt, indices[picked], weights, last=last, noise=recipe.noise
             )

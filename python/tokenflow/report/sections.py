@@ -251,7 +251,9 @@ def numbers_section(results: Results) -> str:
 
 def described(c: dict[str, Any]) -> str:
     """The conditions as a sentence."""
+    trained = [f"{stage} in {' and then '.join(c[stage]['dtypes'])}" for stage in ("tokenizer", "generator")]
     return (
+        f"Trained the {' and the '.join(trained)}. "
         f"{c['processor']}, {c['threads']} thread{'s' * (c['threads'] > 1)}, torch {c['torch']}, Python {c['python']}; this call took {c['seconds of this call']['all']:.0f} s "
         f"and at most {c['peak memory, GB']:.1f} GB of memory."
     )

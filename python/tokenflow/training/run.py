@@ -50,6 +50,8 @@ class Stage:
         seed: seeds the torch generator at the first start.
         settings: what must be equal for a checkpoint to be continued (seed is added).
         every: seconds between two checkpoints.
+        dtype: the type that networks compute in. A checkpoint of another goes on all the same, since weights stay float32, and
+            says so: a faster machine must not lose what was trained. `dtypes` tells all that were used.
         parts: what is saved and restored, by name.
 
     Raises:
@@ -76,11 +78,13 @@ class Stage:
         parts: dict[str, Stateful],
         settings: dict[str, Any] | None = None,
         every: float = 20.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name, self.seconds, self.steps, self.every, self.parts = name, seconds, steps, every, parts
         self.path = Path(directory) / f"{name}.ckpt"
         self.settings = {**(settings or {}), "seed": seed}
         self.step, self.elapsed, self.finished = 0, 0.0, False
+        self.dtypes = [str(dtype).removeprefix("torch.")]
         self.history: dict[str, list[tuple[int, float]]] = {}
         torch.manual_seed(seed)
         if self.path.exists():
@@ -162,6 +166,7 @@ class Stage:
                 "elapsed": self.elapsed,
                 "finished": self.finished,
                 "history": self.history,
+                "dtypes": self.dtypes,
                 "rng": torch.get_rng_state(),
             },
             self.path,
@@ -182,6 +187,12 @@ class Stage:
         self.step, self.elapsed, self.finished = saved["step"], saved["elapsed"], saved["finished"]
         self.history = saved["history"]
         torch.set_rng_state(saved["rng"])
+        before, now = saved.get("dtypes", []), self.dtypes[0]
+        if before and before[-1] != now and not (self.finished and self.progress >= 1.0):
+            print(f"{self.name}: goes on in {now}; until step {self.step} it was trained in {before[-1]}", flush=True)
+            self.dtypes = [*before, now]
+        elif before:
+            self.dtypes = before
 
 
 class Interruption:

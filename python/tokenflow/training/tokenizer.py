@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenflow.losses.st_lpips import STLPIPS
+from tokenflow.models.precision import autocast, fast_dtype
 from tokenflow.models.tokenflow import TokenFlow
 from tokenflow.training.run import Stage, WeightAverage, batch_rows
 
@@ -80,9 +81,9 @@ def train_tokenizer(
         seed=seed,
         settings={**asdict(recipe), "pictures": key},
         parts={"model": model, "optimizer": optimizer, "average": average},
+        dtype=fast_dtype(images.device),
     )
     perceptual = STLPIPS.installed()
-    device_type = images.device.type
     model.train()
     for step in stage:
         rows = batch_rows(step, len(images), recipe.batch, seed)
@@ -90,7 +91,7 @@ def train_tokenizer(
         if stage.progress > recipe.revival_until:
             model.quantizer.quantizer.codebook.dead_code_threshold = 0.0
         stage.set_rate(optimizer, recipe.rate, warmup=recipe.warmup)
-        with torch.autocast(device_type, torch.bfloat16):
+        with autocast(images.device):
             out = model(x)
             difference = out.images.float() - x
             mse = difference.square().mean()
