@@ -125,11 +125,13 @@ def run_ablation(plan: Plan) -> Path:
     key = pictures.fingerprint()
     features = cached(plan.out / "teacher.pt", key, lambda: teacher_features(pictures.images))
     targets, _ = teacher_targets(features, pictures.rows("train", "pair"))
+    originals = pictures.images[pictures.rows("test")]
+    reference = cached(plan.out / "reference.pt", key, lambda: kernel_features(originals))
     chosen = chosen_rows(pictures, SHOWN)
     rows = {}
     for number, (name, variant) in enumerate(variants.items(), 1):
         print(f"{number} of {len(variants)}: {variant.title}", flush=True)
-        rows[name] = made(variant, plan, plan.out / name, pictures, targets, chosen, key)
+        rows[name] = made(variant, plan, plan.out / name, pictures, targets, reference, chosen, key)
     results = Results(plan, pictures, chosen, rows)
     write_whole(plan.out / "ablation.json", json.dumps(as_json(results), indent=2) + "\n")
     page = plan.out / "index.html"
@@ -142,8 +144,21 @@ def run_ablation(plan: Plan) -> Path:
     return page
 
 
+def kernel_features(images: Tensor, *, batch: int = 64) -> Tensor:
+    """What the kernel distance compares, [n, D], of uint8 images [n, 3, H, W]."""
+    features = LiteFeatures((images.shape[2], images.shape[3]))
+    return torch.cat([features(chunk) for chunk in images.split(batch)])
+
+
 def made(
-    variant: Variant, plan: Plan, out: Path, pictures: Pictures, targets: Tensor, chosen: list[int], key: str
+    variant: Variant,
+    plan: Plan,
+    out: Path,
+    pictures: Pictures,
+    targets: Tensor,
+    reference: Tensor,
+    chosen: list[int],
+    key: str,
 ) -> Row:
     """Train a variant, or go on, save it under `out`, and measure it once."""
     out.mkdir(parents=True, exist_ok=True)
@@ -156,20 +171,32 @@ def made(
     )  # fmt: skip
     model.save_pretrained(out / "tokenizer")
     key = f"{key}-{plan.seed}-{stage.step}-{stage.elapsed:.3f}"
-    found = cached(out / "measured.pt", key, lambda: measured(model, stage, pictures, targets, chosen))
+    found = cached(out / "measured.pt", key, lambda: measured(model, stage, pictures, targets, reference, chosen))
     return Row(variant, found["numbers"], found["shown"])
 
 
-def measured(model: TokenFlow, stage: Stage, pictures: Pictures, targets: Tensor, chosen: list[int]) -> dict[str, Any]:
-    """ "numbers" by name, of held-out pictures where nothing else is said, None where one cannot be had, and "shown"."""
+def measured(
+    model: TokenFlow, stage: Stage, pictures: Pictures, targets: Tensor, reference: Tensor, chosen: list[int]
+) -> dict[str, Any]:
+    """What is known of a trained variant.
+
+    Args:
+        model: the tokenizer in eval mode.
+        stage: its finished training.
+        pictures: N pictures with their split.
+        targets: [N, teacher_dim, h, w], the teacher's grid.
+        reference: `kernel_features` of the held-out pictures.
+        chosen: positions of the pictures that the page shows.
+
+    Returns:
+        "numbers" by name, of held-out pictures where nothing else is said, None where one cannot be had, and "shown", the
+        reconstructions of the chosen pictures in 8 bits.
+    """
     train, test = pictures.rows("train", "pair"), pictures.rows("test")
     indices = tokens_of(model, pictures)
     codes = codes_of(model, indices)
     decoded, originals = decode_all(model, indices[test]), pictures.float_images(test)
-    metric, features = STLPIPS.installed(), LiteFeatures(model.image_size)
-    vectors = [
-        torch.cat([features(chunk) for chunk in images.split(64)]) for images in (rounded(decoded), rounded(originals))
-    ]
+    metric = STLPIPS.installed()
     groups = [[pictures.groups[r] for r in rows] for rows in (train, test)]
     grid = semantic_grid(model, codes)
     probe = balanced_probe(grid[train], groups[0], grid[test], groups[1])
@@ -177,7 +204,7 @@ def measured(model: TokenFlow, stage: Stage, pictures: Pictures, targets: Tensor
     numbers = {
         "PSNR": float(psnr(decoded, originals).mean()),
         "ST-LPIPS": None if metric is None else perceptual(metric, decoded, originals),
-        "KID": kid(*vectors)[0] if len(test) > 1 else None,
+        "KID": kid(reference, kernel_features(rounded(decoded)))[0] if len(test) > 1 else None,
         "probe": None if probe is None else probe.balanced,
         "teacher cosine": teacher_cosine(model, codes[test], targets[test]),
         "tokens": indices.shape[1],
