@@ -148,7 +148,10 @@ def test_what_the_user_can_mend_is_one_sentence(arguments, words, tmp_path, monk
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([c, "--help"] for c in ("demo", "reconstruct", "encode", "evaluate", "generate", "info"))],
+    [
+        ["--help"],
+        *([c, "--help"] for c in ("demo", "ablation", "reconstruct", "encode", "evaluate", "generate", "info")),
+    ],
 )
 def test_every_command_has_help(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""The command line: demo, train, reconstruct, encode, evaluate, generate, info."""
+"""The command line: demo, train, ablation, reconstruct, encode, evaluate, generate, info."""
 
 from __future__ import annotations
 
@@ -59,6 +59,35 @@ class Demo:
         from tokenflow.demo import Plan, run_demo
 
         run_demo(Plan(**vars(self)))
+
+
+@dataclass
+class Ablation:
+    """Train the rows of the paper's ablation in small and write a table and a page about them.
+
+    One distilled codebook, with shared mapping, with several scales: the same pictures, seed and training for each. Stopped and
+    started again with the same options, it goes on from its last checkpoint.
+    """
+
+    data: Path | None = None
+    """Folder of images instead of the emoji, as for the demo."""
+    out: Path = Path("runs/ablation")
+    """Folder for checkpoints, models, ablation.json and index.html."""
+    cache: Path = Path(".cache/tokenflow")
+    """Folder for fetched packages."""
+    seconds: float = 240.0
+    """Training time of each row."""
+    steps: int | None = None
+    """Training steps of each row, instead of the time."""
+    seed: int = 0
+    """Seed of everything random."""
+    further: bool = False
+    """Also train two rows that are not in the paper: both halves weighted 1, and the other start of the codebook."""
+
+    def run(self) -> None:
+        from tokenflow.ablation import Plan, run_ablation
+
+        run_ablation(Plan(**vars(self)))
 
 
 @dataclass
@@ -192,6 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {
         "demo": Demo,
         "train": training.Train,
+        "ablation": Ablation,
         "reconstruct": Reconstruct,
         "encode": Encode,
         "evaluate": Evaluate,
@@ -213,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"tokenflow: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        hints = dict.fromkeys((Demo, training.Train), "; the same command goes on from the last checkpoint")
+        hints = dict.fromkeys((Demo, training.Train, Ablation), "; the same command goes on from the last checkpoint")
         hints[Encode] = "; the same command goes on"
         hint = hints.get(type(command), "")
         print(f"tokenflow: stopped{hint}", file=sys.stderr)

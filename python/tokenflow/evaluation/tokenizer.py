@@ -46,6 +46,13 @@ def prefixes(model: TokenFlow, indices: Tensor) -> list[Tensor]:
     return [decode_all(model, indices[:, :end]) for end in ends]
 
 
+@torch.inference_mode()
+def teacher_cosine(model: TokenFlow, f_hat: Tensor, targets: Tensor, *, batch: int = 64) -> float:
+    """Mean cosine of what the semantic decoder makes of codes [N, C, H, W] and the teacher's grid [N, D, h, w]."""
+    said = torch.cat([model.decode_semantic(chunk) for chunk in f_hat.split(batch)])
+    return float(F.cosine_similarity(said, targets, dim=1).mean())
+
+
 def semantic_grid(model: TokenFlow, f_hat: Tensor, side: int = GRID) -> Tensor:
     """The semantic half averaged to `side` x `side`, one row a picture: [N, semantic_dim * side^2]."""
     return F.adaptive_avg_pool2d(f_hat[:, : model.config.semantic_dim], side).flatten(1)
@@ -75,15 +82,6 @@ def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tenso
     metric = STLPIPS.installed()
     ranked, rows, scores = retrieval(model, pictures, f_hat)
     decoded = decode_all(model, indices[test])
-    with torch.inference_mode():
-        cosine = {
-            name: float(
-                F.cosine_similarity(
-                    torch.cat([model.decode_semantic(c) for c in f_hat[rows].split(64)]), targets[rows], dim=1
-                ).mean()
-            )
-            for name, rows in (("test", test), ("train", some))
-        }
     _, use, perplexity = code_use(indices, model.config.codebook_size)
     by_scale = [code_use(part, model.config.codebook_size)[2] for part in model.quantizer.split(indices)]
     return {
@@ -99,8 +97,8 @@ def evaluate(model: TokenFlow, pictures: Pictures, indices: Tensor, f_hat: Tenso
         "codebook use": use,
         "perplexity": perplexity,
         "perplexity by scale": by_scale,
-        "teacher cosine": cosine["test"],
-        "teacher cosine of training pictures": cosine["train"],
+        "teacher cosine": teacher_cosine(model, f_hat[test], targets[test]),
+        "teacher cosine of training pictures": teacher_cosine(model, f_hat[some], targets[some]),
         "probe": probes(model, pictures, f_hat, train, test),
         "retrieval": ranked,
         "found": {"rows": rows, "scores": scores},

@@ -85,7 +85,7 @@ def build(tokenizer: nn.Module, pictures: Pictures, maps: Tensor, **sizes: Any) 
     config = GeneratorConfig(
         scales=tuple(tokenizer.config.scales),
         dims=tuple(c.shape[1] for c in codebooks),
-        weights=(1.0, tokenizer.config.pixel_weight),
+        weights=(1.0, tokenizer.config.pixel_weight)[: len(codebooks)],
         codes=codebooks[0].shape[0],
         **sizes,
     )

@@ -31,7 +31,7 @@ class Config:
         image_size: side of the images, or height and width.
         scales: sides of the scales, coarse to fine; the last is the grid.
         semantic_dim: channels of the semantic codes.
-        pixel_dim: channels of the pixel codes.
+        pixel_dim: channels of the pixel codes; 0 leaves the semantic codebook alone, whose codes the pixel decoder reads.
         codebook_size: K.
         pixel_weight: of the pixel distance in the search, where the semantic one weighs 1.
         commitment_weight: beta.
@@ -39,6 +39,7 @@ class Config:
         decay: of the moving averages.
         scale_dropout: probability that a training batch skips a scale.
         dead_code_threshold: see SharedIndexQuantizer.
+        kmeans_init: whether the first training batch places the codes.
         widths: of the pixel encoder, full resolution first.
         teacher_dim: width of what the semantic decoder is compared with.
         tower: the semantic encoder; None is the demo's small networks, which read nothing of what follows.
@@ -64,6 +65,7 @@ class Config:
     dead_code_threshold: float = 0.3
     widths: tuple[int, ...] = (32, 64, 128)
     teacher_dim: int = 128
+    kmeans_init: bool = False
     tower: Tower | None = None
     decoder_widths: tuple[int, ...] = ()
     encoder_blocks: int = 2
@@ -144,16 +146,19 @@ class TokenFlow(MultiScaleTokenizer):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = self.config
+        read = c.pixel_dim or c.semantic_dim
         if c.tower is None:
             side, (_, b, w) = c.scales[-1], c.widths
-            self.pixel_encoder = tiny.pixel_encoder(c.pixel_dim, c.widths, side)
-            self.pixel_decoder = tiny.pixel_decoder(c.pixel_dim, c.widths, side)
+            if c.pixel_dim:
+                self.pixel_encoder = tiny.pixel_encoder(c.pixel_dim, c.widths, side)
+            self.pixel_decoder = tiny.pixel_decoder(read, c.widths, side)
             self.semantic_encoder = tiny.SemanticEncoder(c.semantic_dim, (b, w), side)
             self.semantic_decoder = tiny.SemanticDecoder(c.semantic_dim, w, side, c.teacher_dim)
         else:
             pixel = {"latent": c.latent}
-            self.pixel_encoder = conv.Encoder(c.pixel_dim, c.widths, blocks=c.encoder_blocks, **pixel)
-            self.pixel_decoder = conv.Decoder(c.pixel_dim, c.decoder_widths, blocks=c.decoder_blocks, **pixel)
+            if c.pixel_dim:
+                self.pixel_encoder = conv.Encoder(c.pixel_dim, c.widths, blocks=c.encoder_blocks, **pixel)
+            self.pixel_decoder = conv.Decoder(read, c.decoder_widths, blocks=c.decoder_blocks, **pixel)
             self.semantic_encoder = SemanticEncoder(c.tower, c.semantic_dim)
             self.semantic_decoder = SemanticDecoder(
                 c.semantic_dim,
@@ -193,13 +198,15 @@ class TokenFlow(MultiScaleTokenizer):
         if "quantizer" in self._modules:
             codes = self.quantizer.quantizer
         else:
+            halves = 2 if c.pixel_dim else 1
             codes = SharedIndexQuantizer(
-                (c.semantic_dim, c.pixel_dim),
+                (c.semantic_dim, c.pixel_dim)[:halves],
                 c.codebook_size,
-                weights=(1.0, c.pixel_weight),
+                weights=(1.0, c.pixel_weight)[:halves],
                 update=c.update,
                 decay=c.decay,
                 commitment_weight=c.commitment_weight,
+                kmeans_init=c.kmeans_init,
                 dead_code_threshold=c.dead_code_threshold,
             )
         return MultiScaleQuantizer(codes, c.scales, scale_dropout=c.scale_dropout)
@@ -233,11 +240,15 @@ class TokenFlow(MultiScaleTokenizer):
         images = self.checked(images)
         if len(images) == 0:
             return self.empty_features(images, self.config.semantic_dim + self.config.pixel_dim)
-        return torch.cat([self.semantic_encoder(images), self.pixel_encoder(self._as_pixels(images))], 1)
+        semantic = self.semantic_encoder(images)
+        if not self.config.pixel_dim:
+            return semantic
+        return torch.cat([semantic, self.pixel_encoder(self._as_pixels(images))], 1)
 
     def decode_features(self, features: Tensor) -> Tensor:
-        """Images [B, 3, 64, 64] from accumulated features [B, 32, 16, 16]; only the pixel half is read."""
-        pixel = self._halves(features)[1].to(self.dtype)
+        """Images [B, 3, 64, 64] from accumulated features [B, 32, 16, 16]; only the pixel half is read, if there is one."""
+        semantic, pixel = self._halves(features)
+        pixel = (pixel if self.config.pixel_dim else semantic).to(self.dtype)
         if len(pixel) == 0:
             return pixel.new_zeros(0, 3, *self.image_size)
         images = self.pixel_decoder(pixel.contiguous(memory_format=torch.channels_last))
