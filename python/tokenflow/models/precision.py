@@ -49,41 +49,6 @@ def autocast(device: torch.device | str, dtype: torch.dtype | None = None) -> to
     dtype = dtype or fast_dtype(device)
     return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
 
-# Names of bfloat16 arithmetic: torch's, and those of Linux for x86 and ARM.
-BFLOAT16_UNITS = {"avx512_bf16", "avx10_2", "amx_bf16", "bf16"}
-
-
-def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """The type that autocast brings speed in: bfloat16 where the device has units for it, else float32.
-
-    A processor without them computes bfloat16 by conversions, a training step of the demo 12 times slower than in float32.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        # Without a current device of its own the question is about another.
-        with torch.cuda.device(device):
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and _has_bfloat16_units() else torch.float32
-
-
-@functools.cache
-def _has_bfloat16_units() -> bool:
-    """Whether torch, or in older versions Linux, knows a name of BFLOAT16_UNITS of the processor."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return any(torch.cpu.get_capabilities().get(name, False) for name in BFLOAT16_UNITS)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return False
-    words = {word for line in lines if line.lower().startswith(("flags", "features")) for word in line.split()}
-    return bool(words & BFLOAT16_UNITS)
-
-
-def autocast(device: torch.device | str) -> torch.autocast:
-    """A block in which the networks compute in `fast_dtype`."""
-    device, dtype = torch.device(device), fast_dtype(device)
-    return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
-
 
 def full(tensor: Tensor) -> Tensor:
     """The tensor in float32, or float64 if it is."""
