@@ -637,3 +637,18 @@ def test_the_command_trains_goes_on_and_says_what_is_wrong(data, tmp_path, capsy
         main(["train", "tokenflow-huge"])
     assert stopped.value.code == 2 and "tokenflow-huge" in capsys.readouterr().err
     assert isinstance(Tokenizer.from_pretrained(out / "model"), TokenFlow)
+
+
+def test_the_precision_is_the_devices_and_stays_the_runs(data, tmp_path, monkeypatch):
+    """A run that begins on one processor and goes on on another, which is fast in another type, keeps its own."""
+    stored = lambda: json.loads((tmp_path / "run" / "config.json").read_text())["run"]["optimizer"]["precision"]  # noqa: E731
+    run = small("tokenflow-tiny", data, tmp_path / "run", precision="auto", steps=1)
+    for fast, until, kept in (
+        (torch.float32, 1, "float32"),
+        (torch.bfloat16, 2, "float32"),
+    ):
+        monkeypatch.setattr("tokenflow.training.engine.fast_dtype", lambda device, fast=fast: fast)
+        train(replace(run, optimizer=replace(run.optimizer, steps=until)))
+        assert stored() == kept
+    train(replace(run, out=tmp_path / "other"))
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["run"]["optimizer"]["precision"] == "bfloat16"

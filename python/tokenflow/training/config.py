@@ -147,8 +147,9 @@ class OptimizerConfig:
     """Of the learning rates behind the warm-up."""
     floor: float = 0.0
     """Where the cosine ends, over its start."""
-    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the networks, by autocast; quantizers and losses work in float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the networks, by autocast; quantizers and losses work in float32. Auto is the run's own where one goes on, else bfloat16
+    where the device has units for it."""
     average: float = 0.9999
     """Decay of the average of the weights, which is what is saved as the model; 0 saves the weights themselves."""
     revive_until: float = 0.0

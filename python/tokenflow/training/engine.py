@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from tokenflow.data.pictures import skipped_sentence
 from tokenflow.models import Tokenizer, UniTok
+from tokenflow.models.precision import fast_dtype
 from tokenflow.training import parts
 from tokenflow.training.config import Config
-from tokenflow.training.folder import Folder
+from tokenflow.training.folder import CONFIG, Folder, read_config
 from tokenflow.training.monitor import Monitor, check_tensorboard, tell
 from tokenflow.training.pictures import TrainingSet
 from tokenflow.training.run import Interruption, WeightAverage
@@ -48,10 +50,23 @@ def train(config: Config) -> Path:
     """
     config.check()
     check_tensorboard(config)
+    config = _decided(config)
     with _accelerated(config) as accelerator:
         folder = _Run(config, accelerator).go()
         accelerator.end_training()
         return folder
+
+
+def _decided(config: Config) -> Config:
+    """The config with the precision that "auto" stands for: the run's own where one goes on, else what the device is fast in."""
+    if config.optimizer.precision != "auto":
+        return config
+    if (config.out / CONFIG).is_file():
+        precision = read_config(config.out).optimizer.precision
+    else:
+        cpu = config.optimizer.cpu or not torch.cuda.is_available()
+        precision = "bfloat16" if fast_dtype("cpu" if cpu else "cuda") == torch.bfloat16 else "float32"
+    return replace(config, optimizer=replace(config.optimizer, precision=precision))
 
 
 @contextlib.contextmanager
@@ -63,11 +78,6 @@ def _accelerated(config: Config) -> Iterator[Accelerator]:
     if o.batch % (world * o.accumulate):
         raise ValueError(
             f"train: batch: wanted a multiple of {world * o.accumulate}, for {world} ranks of {o.accumulate} passes, got {o.batch}"
-        )
-    first = os.environ.get("RANK", "0") == "0"
-    if first and o.precision == "bfloat16" and cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print(
-            "tokenflow: this processor has no arithmetic for bfloat16: --precision float32 is faster", file=sys.stderr
         )
     if o.shard and (world == 1 or o.precision == "float16"):
         raise ValueError(
