@@ -89,11 +89,10 @@ def test_killed_twenty_times_the_curve_is_the_same(data, tmp_path, forks):
     while landed < KILLS:
         process = forks.Process(target=child, args=(everything(data, out),))
         process.start()
+        began = started(process)
         lines = len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").exists() else 0
         # It has begun to train: the log was cut to the checkpoint and grows, or is written for the first time.
-        wait(
-            lambda: log.exists() and log.stat().st_mtime > started(process) and log.read_text().count("\n") > 0, process
-        )
+        wait(lambda: log.exists() and log.stat().st_mtime > began and log.read_text().count("\n") > 0, process)
         if landed % 2:
             wanted = newest_step(out) + 3 * draw.randrange(2)
             wait(lambda: newest_step(out) >= wanted and any(out.glob("*/*.part")), process)
