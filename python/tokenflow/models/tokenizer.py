@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tokenflow.errors import Missing
 from tokenflow.files import replacing, write_whole
-from tokenflow.models import checkpoint
+from tokenflow.models import checkpoint, layout
 from tokenflow.models.image_processor import ImageProcessor
 from tokenflow.models.precision import full, without_autocast
 from tokenflow_ext.quantize import Quantized
@@ -255,6 +255,12 @@ class Tokenizer(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the networks' parameters; codebooks stay float32."""
         return next(p.dtype for name, p in self.named_parameters() if not name.startswith("quantizer."))
+
+    def train(self, mode: bool = True) -> typing.Self:
+        """Training or eval mode; in eval mode convolutions keep their weights channels last, see `layout`."""
+        super().train(mode)
+        layout.follow_mode(self)
+        return self
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Features before the quantizer, from images [B, 3, H, W] in [-1, 1]."""
