@@ -9,12 +9,14 @@ tokens: those of its own features.
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenflow.models import layout
 from tokenflow.models.image_processor import ImageProcessor
 from tokenflow.models.model import Model
 from tokenflow.models.precision import full, without_autocast
@@ -56,6 +58,12 @@ class Tokenizer(Model):
         """Height and width of the images."""
         size = self.config.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    def train(self, mode: bool = True) -> typing.Self:
+        """Training or eval mode; in eval mode convolutions keep their weights channels last, see `layout`."""
+        super().train(mode)
+        layout.follow_mode(self)
+        return self
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Features before the quantizer, from images [B, 3, H, W] in [-1, 1]."""
