@@ -2,8 +2,11 @@
 
 Both have the same random weights. First the outputs: features and pictures within float32 rounding, ids equal or certified
 near-ties of the same features (one near-tie changes all finer scales of its picture, so others are compared picture by picture).
+The allocator is the system's, as users have it: glibc returns large maps, and a call pays for their pages again in either. `KEPT=1` in
+the environment keeps freed memory in both, which shows the arithmetic alone (docs/speed.md has both).
 """
 
+import os
 from dataclasses import replace
 
 import peers
@@ -15,6 +18,7 @@ from harness import Problem, assert_close, assert_same_ids, compare, normal
 from tokenflow_ext import ops
 
 EAGER = "eager transcription"
+KEPT = os.environ.get("KEPT") == "1"
 STEP = {"lr": 1.5e-3, "betas": (0.9, 0.99), "weight_decay": 0.01}
 
 
@@ -106,7 +110,7 @@ def coder(preset: str, side: int, batch: int, method: str) -> Problem:
         if method == "reconstruct":
             assert_close(out[same], other_out[same], 1e-3)
 
-    return Problem(f"model: {method}", f"{preset} at {side}, batch {batch}", calls, check)
+    return Problem(f"model: {method}", f"{preset} at {side}, batch {batch}", calls, check, keeps_memory=KEPT)
 
 
 def training(preset: str, batch: int) -> Problem:
@@ -157,7 +161,7 @@ def training(preset: str, batch: int) -> Problem:
             for name, grad in other_grads.items():
                 assert_close(grads[name], grad, 1e-3)
 
-    return Problem("model: training step", f"{preset}, batch {batch}, float32", calls, check)
+    return Problem("model: training step", f"{preset}, batch {batch}, float32", calls, check, keeps_memory=KEPT)
 
 
 PROBLEMS = {

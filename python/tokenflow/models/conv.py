@@ -26,6 +26,18 @@ def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
+def silu(fresh: Tensor) -> Tensor:
+    """x sigmoid(x), in the place of a tensor that nobody else reads where no gradient needs it: a map has up to 26 MB a picture."""
+    return F.silu(fresh, inplace=not fresh.requires_grad)
+
+
+def plus(fresh: Tensor, other: Tensor) -> Tensor:
+    """fresh + other, in the place of `fresh` likewise."""
+    if fresh.requires_grad or other.requires_grad or fresh.dtype != other.dtype:
+        return fresh + other
+    return fresh.add_(other)
+
+
 class Residual(nn.Module):
     """shortcut(x) + conv3(silu(norm(conv3(silu(norm(x))))))  on [B, C, H, W]; the shortcut is a 1 x 1 convolution if C changes."""
 
@@ -36,9 +48,9 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
+        return plus(h, self.shortcut(x))
 
 
 class Attention(nn.Module):
@@ -52,7 +64,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
-        return x + self.out(h)
+        return plus(self.out(h), x)
 
 
 class Down(nn.Conv2d):
@@ -117,7 +129,7 @@ class Encoder(nn.Module):
         x = self.conv_in(images)
         for level in self.levels:
             x = level(x)
-        return in_full(self.project, self.conv_out(F.silu(self.norm_out(self.middle(x)))))
+        return in_full(self.project, self.conv_out(silu(self.norm_out(self.middle(x)))))
 
 
 class Decoder(nn.Module):
@@ -153,4 +165,4 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(self.project(codes)))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
