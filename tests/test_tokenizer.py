@@ -224,6 +224,9 @@ def test_st_lpips_is_a_distance_with_gradient(metric, images):
     assert (metric(a, b) > 0).all()
     x = a.clone().requires_grad_()
     metric(x, b).sum().backward()
+    y = a.clone().requires_grad_()
+    metric(b, y).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
     assert x.grad.abs().sum() > 0 and [f.shape[-1] for f in metric.features(a)] == [30, 15, 8, 8, 8]
 
 

@@ -59,11 +59,12 @@ class STLPIPS(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distances [B] of a and b [B, 3, H, W] in [-1, 1]."""
-        features = self.features(torch.cat([a, b]))
+        # One call for both would send gradients through originals, which nobody asks for.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and b.requires_grad):
+            wanted = [F.normalize(feature.float(), dim=1, eps=1e-10) for feature in self.features(b)]
         total = 0.0
-        for level, feature in enumerate(features):
-            unit = F.normalize(feature.float(), dim=1, eps=1e-10)
-            difference = (unit[: len(a)] - unit[len(a) :]).square()
+        for level, feature in enumerate(self.features(a)):
+            difference = (F.normalize(feature.float(), dim=1, eps=1e-10) - wanted[level]).square()
             total = total + torch.einsum("bchw,c->bhw", difference, getattr(self, f"head{level}")).mean((1, 2))
         return total
 

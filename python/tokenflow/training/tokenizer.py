@@ -17,15 +17,20 @@ from torch import Tensor
 from tokenflow.losses.st_lpips import STLPIPS
 from tokenflow.models.precision import autocast, fast_dtype
 from tokenflow.models.tokenflow import TokenFlow
+from tokenflow.training.muon import Muon, matrices
 from tokenflow.training.run import Stage, WeightAverage, batch_rows
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the training does; equal for a checkpoint and the run that continues it."""
+    """What the training does; equal for a checkpoint and the run that continues it.
+
+    Muon moves the weights of linear layers and convolutions at `matrix_rate`, AdamW the rest at `rate`.
+    """
 
     batch: int = 16
     rate: float = 1.5e-3
+    matrix_rate: float = 4e-3
     warmup: int = 50
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -70,9 +75,10 @@ def train_tokenizer(
     """
     model = model.to(memory_format=torch.channels_last)
     average = WeightAverage(model, decay=recipe.average)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
-    )
+    weights = matrices(model)
+    others = [p for p in model.parameters() if all(p is not w for w in weights)]
+    muon = Muon(weights, recipe.matrix_rate, weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(others, recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
     stage = Stage(
         "tokenizer",
         run_dir,
@@ -80,7 +86,7 @@ def train_tokenizer(
         steps=steps,
         seed=seed,
         settings={**asdict(recipe), "pictures": key},
-        parts={"model": model, "optimizer": optimizer, "average": average},
+        parts={"model": model, "muon": muon, "optimizer": adam, "average": average},
         dtype=fast_dtype(images.device),
     )
     perceptual = STLPIPS.installed()
@@ -90,7 +96,8 @@ def train_tokenizer(
         x, target = flipped(images[rows].float().div_(127.5).sub_(1.0), targets[rows])
         if stage.progress > recipe.revival_until:
             model.quantizer.quantizer.codebook.dead_code_threshold = 0.0
-        stage.set_rate(optimizer, recipe.rate, warmup=recipe.warmup)
+        stage.set_rate(muon, recipe.matrix_rate, warmup=recipe.warmup)
+        stage.set_rate(adam, recipe.rate, warmup=recipe.warmup)
         with autocast(images.device):
             out = model(x)
             difference = out.images.float() - x
@@ -101,10 +108,11 @@ def train_tokenizer(
                 few = slice(0, recipe.perceptual_pictures)
                 distance = perceptual(out.images[few], x[few]).mean()
                 loss = loss + recipe.perceptual_weight * distance
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+        muon.step()
+        adam.step()
         average.update()
         if step % 10 == 0:
             stage.log(
