@@ -83,8 +83,10 @@ def verdict(rows: Mapping[str, Row]) -> list[str]:
     if wrong or abs(moved) >= NOISE:
         sentences.append(
             "What differs from the paper and may be why: the semantic encoder is trained here from nothing, at half the side "
-            "of the grid, where the paper's is a pretrained CLIP; minutes of training on few thousand pictures; a linear probe in "
-            "place of a language model; one seed."
+            "of the grid, where the paper's is a pretrained CLIP; "
+            f"{', '.join(str(row.numbers['steps']) for row in published)} steps on few pictures, where the paper trains for 50 "
+            "epochs of ImageNet, and a pyramid, whose scales each code what the others left, may need more of them than one "
+            "scale; a linear probe in place of a language model; one seed."
         )
     return sentences
 
