@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tokenflow.errors import Missing
+from tokenflow.memory import keep_freed_memory
 
 OUT = Path("runs/demo")
 
@@ -198,6 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.extras.subcommand_cli_from_dict(
         commands, prog="tokenflow", args=arguments, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
     )
+    if arguments is None and isinstance(command, Reconstruct | Encode | Evaluate):
+        keep_freed_memory()
     try:
         command.run()
     except (Missing, OSError, ValueError) as error:
