@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tokenflow.errors import Missing
+from tokenflow.memory import keep_freed_memory
 from tokenflow.training import command as training
 
 OUT = Path("runs/demo")
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
         "generate": Generate,
         "info": Info,
     }
-    arguments = sys.argv[1:] if arguments is None else arguments
+    alone, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["train"]:
             command = training.parse(arguments[1:])
@@ -236,6 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
             command = tyro.extras.subcommand_cli_from_dict(
                 commands, prog="tokenflow", args=arguments, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
             )
+        if alone and isinstance(command, Reconstruct | Encode | Evaluate):
+            keep_freed_memory()
         command.run()
     except (Missing, OSError, ValueError) as error:
         # The system's own errors have a reason and a file; ours are sentences.
