@@ -199,3 +199,16 @@ def test_half_precision_and_autocast_stay_near():
         half = model.to(torch.bfloat16)(labels, inputs)
     assert F.cosine_similarity(full.flatten(), mixed.float().flatten(), dim=0) > 0.99
     assert F.cosine_similarity(full.flatten(), half.float().flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_fresh_model_has_small_gates_and_whole_layers(shared):
+    """Width 48 is a multiple of 6, as the number of rows of a conditioning layer is."""
+    torch.manual_seed(0)
+    model = VAR(var.Config(depth=1, width=48, heads=2, classes=5, shared_adaln=shared, **TOKENS))
+    block = model.blocks[0]
+    condition = model.condition if shared else block.condition
+    for layer in (block.attention.out, block.mlp.fc1, block.mlp.fc2, model.enter, model.head_condition):
+        assert 0.015 < float(layer.weight.detach().std()) < 0.025
+    for layer in (condition, model.head):
+        assert float(layer.weight.detach().std()) < 0.0005

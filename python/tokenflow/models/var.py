@@ -210,7 +210,8 @@ class VAR(Model):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        for layer in (self.head, *(m for m in self.modules() if isinstance(m, nn.Linear) and m.out_features % 6 == 0)):
+        conditions = [m for name, m in self.named_modules() if name.split(".")[-1] == "condition"]
+        for layer in (self.head, *conditions):
             layer.weight.mul_(0.02)
 
     @classmethod
