@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from tokenflow.models import TokenFlow, UniTok, unitok
+from tokenflow.models import VQVAE, TokenFlow, UniTok, unitok, vqvae
 from tokenflow.models.semantic import Tower
 from tokenflow.models.tokenflow import Config
 
@@ -41,3 +41,16 @@ def small_unitok(seed: int = 0, **changes) -> UniTok:
 
 def images(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def one_of_each() -> dict:
+    """A tokenizer of every kind in eval mode, by its kind, of three sizes of pictures."""
+    torch.manual_seed(0)
+    return {
+        "tokenflow": TokenFlow.from_preset("tokenflow-tiny").eval(),
+        "vqvae": VQVAE(vqvae.Config(image_size=(32, 48), scales=((1, 1), (2, 3), (4, 6)), dim=4, codebook_size=16, widths=(8, 8, 8, 16))).eval(),
+        "unitok": UniTok(unitok.Config(
+            image_size=(64, 32), widths=(4, 8), dim=16, depth=1, heads=2, groups=2, codebook_size=32, code_dim=8,
+            projection_heads=2, embed_dim=12, text_width=16, text_heads=2, text_depth=1, context=9, vocabulary=40,
+        )).eval(),
+    }  # fmt: skip

@@ -8,11 +8,11 @@ import pytest
 import torch
 from drawn import drawn_folder
 from PIL import Image
+from small_models import one_of_each
 from tokenflow.cli import main
 from tokenflow.data.entries import Entry, data_set
 from tokenflow.data.loading import Crop, as_float
 from tokenflow.evaluation.reconstruction import psnr
-from tokenflow.models import VQVAE, TokenFlow, UniTok, unitok, vqvae
 from tokenflow.reconstructing import targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,15 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models():
-    torch.manual_seed(0)
-    return {
-        "tokenflow": TokenFlow.from_preset("tokenflow-tiny").eval(),
-        "vqvae": VQVAE(vqvae.Config(image_size=(32, 48), scales=((1, 1), (2, 3), (4, 6)), dim=4, codebook_size=16, widths=(8, 8, 8, 16))).eval(),
-        "unitok": UniTok(unitok.Config(
-            image_size=(64, 32), widths=(4, 8), dim=16, depth=1, heads=2, groups=2, codebook_size=32, code_dim=8,
-            projection_heads=2, embed_dim=12, text_width=16, text_heads=2, text_depth=1, context=9, vocabulary=40,
-        )).eval(),
-    }  # fmt: skip
+    return one_of_each()
 
 
 @pytest.fixture

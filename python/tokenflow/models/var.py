@@ -259,7 +259,7 @@ class VAR(Model):
         """
         theirs, ours = tokenizer.config, self.config
         for name in ("scales", "dim", "codebook_size"):
-            if tuple_(getattr(theirs, name)) != tuple_(getattr(ours, name)):
+            if _plain(getattr(theirs, name)) != _plain(getattr(ours, name)):
                 raise ValueError(
                     f"VAR: tokenizer: wanted {name} {getattr(ours, name)}, got a tokenizer with {getattr(theirs, name)}"
                 )
@@ -324,7 +324,7 @@ class VAR(Model):
         return self.head(modulated(x, scale, shift))
 
 
-def tuple_(value: object) -> object:
+def _plain(value: object) -> object:
     """A list as a tuple, a pair of equal sides as one of them."""
     return tuple(map(_side, value)) if isinstance(value, Sequence) else value
 
