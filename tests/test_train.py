@@ -120,12 +120,38 @@ def test_the_rate_warms_up_and_falls(data, tmp_path):
 def test_norms_biases_and_codebooks_do_not_decay(data, tmp_path):
     config = small("tokenflow-b", data, tmp_path / "r", weight_decay=0.1)
     model = parts.build_model(config)
-    decaying, kept = parts.build_optimizer(config, model).param_groups
+    decaying, kept = parts.build_optimizers(config, model)["optimizer"].param_groups
     assert (decaying["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() > 1 for p in decaying["params"])
     ids = {id(p) for p in kept["params"]}
     assert {id(p) for p in model.quantizer.parameters()} <= ids
     assert len(ids) + len(decaying["params"]) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_muon_moves_the_matrices_and_adam_the_rest(data, tmp_path):
+    """Every parameter by one of them, each at its own rate: with Adam's at 0 nothing but matrices moves."""
+    config = small("tokenflow-tiny", data, tmp_path / "r", steps=2, rate=0.0, matrix_rate=0.01, average=0.0, warmup=0)
+    torch.manual_seed(config.seed)
+    model = parts.build_model(config)
+    held = {
+        name: [p for g in o.param_groups for p in g["params"]]
+        for name, o in parts.build_optimizers(config, model).items()
+    }
+    counts = {name: len(ps) for name, ps in held.items()}
+    assert sum(counts.values()) == sum(p.requires_grad for p in model.parameters()) and min(counts.values()) > 10
+    assert not {id(p) for p in held["muon"]} & {id(p) for p in held["optimizer"]}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train(config)
+    after = weights(config.out)
+    moved = {name for name, p in before.items() if not torch.equal(after[name], p)}
+    names = {name for name, p in model.named_parameters() if any(p is q for q in held["muon"])}
+    assert moved == {name for name in names if not name.startswith("semantic_decoder")}, "no teacher, no gradient there"
+
+
+def test_muon_takes_no_shards_and_no_scaled_gradients(data, tmp_path):
+    for changes in ({"shard": True}, {"precision": "float16"}):
+        with pytest.raises(ValueError, match="matrix_rate: wanted 0 with (shard|precision float16), got 0.002"):
+            train(small("tokenflow-tiny", data, tmp_path / "r", **changes))
 
 
 def test_revival_ends(data, tmp_path):
@@ -526,6 +552,12 @@ def test_the_command_line_reads_every_recipe_and_override(tmp_path):
         command = parse([name, "--data", str(tmp_path)])
         assert command.config == replace(recipe, data=tmp_path)
         assert from_json(Config, json.loads(as_json(command.config))) == command.config
+    older = json.loads(as_json(command.config))
+    del older["optimizer"]["matrix_rate"]
+    assert from_json(Config, older).optimizer.matrix_rate == 0.0, "a file from before there was such a number"
+    for broken in ({**older, "optimizer": {"speed": 1}}, {"preset": "tokenflow-b"}, []):
+        with pytest.raises(ValueError, match="wanted the fields of this version"):
+            from_json(Config, broken)
     changed = parse(
         ["unitok-l", "--data", "d", "--batch", "32", "--lpips", "a", "b", "--model", "image_size=128", "drop_path=0.2",
          "--adversarial-from", "100", "--no-tensorboard", "--adaptive", "None", "--betas", "0.8", "0.9"]
@@ -586,8 +618,8 @@ def test_published_numbers():
     )
     assert (a.blur, unitok.loss.l1, unitok.loss.perceptual_side) == (same.fade.sigma, same.l1, same.perceptual_side)
     assert tiny.optimizer == OptimizerConfig(
-        steps=3000, batch=16, rate=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, schedule="cosine", floor=0.02,
-        average=0.998, revive_until=0.8,
+        steps=4000, batch=8, rate=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, schedule="cosine", floor=0.02,
+        average=0.998, revive_until=0.8, matrix_rate=2e-3,
     )  # fmt: skip
 
 

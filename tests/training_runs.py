@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 MODELS = {
-    "tokenflow-tiny": "image_size=16 scales=(1,2,4) widths=(8,8,8) codebook_size=16 semantic_dim=4 pixel_dim=4 teacher_dim=8",
+    "tokenflow-tiny": "image_size=16 scales=(1,2,4) widths=(16,16,16) codebook_size=16 semantic_dim=4 pixel_dim=4 teacher_dim=8",
     "tokenflow-b": "image_size=32 scales=(1,2) tower.width=32 tower.depth=1 tower.heads=2 tower.hidden=64 tower.grid=2 "
     "widths=(32,32,32,32,32) decoder_widths=(32,32,32,32,32) latent=32 decoder_grid=2 decoder_depth=1 decoder_heads=2 "
     "codebook_size=32 encoder_blocks=1 decoder_blocks=1 teacher_dim=24",

@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,6 +139,8 @@ class OptimizerConfig:
     """Of Adam."""
     weight_decay: float = 0.0
     """Decoupled, as AdamW does it; norms, biases and codebooks have none."""
+    matrix_rate: float = 0.0
+    """Learning rate of Muon, which then moves the weights of linear layers and convolutions in place of Adam; 0 for Adam alone."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     warmup: float = 0.0
@@ -242,6 +244,11 @@ class Config:
         ):  # fmt: skip
             if not low <= value <= high:
                 raise ValueError(f"train: {name}: wanted a number in [{low}, {high:g}], got {value}")
+        for name, unable in (("shard", o.shard), ("precision float16", o.precision == "float16")):
+            if o.matrix_rate and unable:
+                raise ValueError(
+                    f"train: matrix_rate: wanted 0 with {name}, got {o.matrix_rate}: Muon takes whole matrices and unscaled gradients"
+                )
 
 
 def as_json(config: Any) -> str:
@@ -261,7 +268,9 @@ def from_json(kind: type, values: Any, where: str = "") -> Any:
         True
     """
     if is_dataclass(kind):
-        if not isinstance(values, dict) or set(values) != {f.name for f in fields(kind)}:
+        # A number that came later is not in older files: its default is what they did.
+        needed = {f.name for f in fields(kind) if f.default is MISSING or is_dataclass(f.default)}
+        if not isinstance(values, dict) or not needed <= set(values) <= {f.name for f in fields(kind)}:
             got = sorted(values) if isinstance(values, dict) else values
             raise ValueError(f"config.json: {where or kind.__name__}: wanted the fields of this version, got {got}")
         hints = typing.get_type_hints(kind)
@@ -273,6 +282,19 @@ def from_json(kind: type, values: Any, where: str = "") -> Any:
         of = typing.get_args(kind)
         return tuple(from_json(of[0], value, where) for value in values)
     return kind(values) if kind in (Path, float, int) else values
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes a run what it is: every field that may not change when it goes on, without its preset; paths as strings.
+
+    Example:
+        >>> found = identity(Config("tokenflow-tiny", Path("pictures"), optimizer=OptimizerConfig(steps=5)))
+        >>> found["rate"], "steps" in found, "data" in found
+        (0.0001, False, False)
+    """
+    plain = (bool, int, float, str, tuple, type(None))
+    flat = {name: value for name, value in _flat(config).items() if name not in FREE | {"preset"}}
+    return {name: value if isinstance(value, plain) else str(value) for name, value in flat.items()}
 
 
 def differing(config: Config, other: Config) -> list[str]:

@@ -186,7 +186,7 @@ class _Run:
         quantizer = self.step.bare.quantizer
         use = {"codes_used": float(quantizer.usage()), "perplexity": float(quantizer.perplexity())}
         quantizer.reset_usage()
-        return {**means, **use, "rate": self.step.optimizer.param_groups[0]["lr"]}
+        return {**means, **use, "rate": self.step.optimizers["optimizer"].param_groups[0]["lr"]}
 
     def _any(self, flag: bool) -> bool:
         """Whether it holds on some rank."""
@@ -210,12 +210,12 @@ class _Run:
     def _parts(self) -> dict[str, Any]:
         step, average = self.step, self.average
         found = {
-            "model": step.bare, "optimizer": step.optimizer, "average": average, "discriminator": step.bare_judge,
+            "model": step.bare, **step.optimizers, "average": average, "discriminator": step.bare_judge,
             "discriminator_optimizer": step.judge_optimizer, "lecam": step.objective.lecam, "scaler": self.accelerator.scaler,
         }  # fmt: skip
         if step.sharded:
             found["model"] = ShardedModel(step.bare)
-            found["optimizer"] = ShardedOptimizer(step.bare, step.optimizer.optimizer)
+            found["optimizer"] = ShardedOptimizer(step.bare, step.optimizers["optimizer"].optimizer)
             found["average"] = None if average is None else ShardedAverage(average)
         return {name: part for name, part in found.items() if part is not None}
 

@@ -1,4 +1,4 @@
-"""What a config names, made: the tokenizer, its teacher, the objective, the discriminator and both optimisers."""
+"""What a config names, made: the tokenizer, its teacher, the objective, the discriminator and the optimisers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tokenflow.losses.blur import Fade
 from tokenflow.models import TokenFlow, Tokenizer, UniTok
 from tokenflow.training.config import Config
 from tokenflow.training.folder import TEACHER
+from tokenflow.training.muon import Muon, matrices
 from tokenflow.training.teachers import PrincipalTeacher, TowerTeacher
 
 DECODERS = {"tokenflow": "pixel_decoder", "unitok": "decoder", "vqvae": "decoder"}
@@ -258,18 +259,32 @@ def _try(module: nn.Module, name: str, size: tuple[int, int], call: Callable[[Te
         ) from error
 
 
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (Adam where nothing decays) over what trains; norms, biases and codebooks do not decay."""
+def build_optimizers(config: Config, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """By name, over what trains: "optimizer", AdamW (Adam where nothing decays), and "muon" where matrices have a rate of their own.
+
+    Norms, biases and codebooks do not decay.
+    """
     o = config.optimizer
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    moved = {id(p) for p in matrices(model) if p.requires_grad} if o.matrix_rate else set()
     decays = {id(p) for name, p in trained if p.dim() > 1 and not name.startswith("quantizer.")}
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for _, p in trained:  # an optimiser's step takes no pieces and wholes together
-        groups.setdefault((id(p) in decays, hasattr(p, "to_local")), []).append(p)
+        if id(p) not in moved:
+            groups.setdefault((id(p) in decays, hasattr(p, "to_local")), []).append(p)
     listed = [{"params": ps, "weight_decay": o.weight_decay * decaying} for (decaying, _), ps in groups.items()]
     # GradScaler and the fused step look for infinities each in their own way.
     fused = o.precision != "float16" and not o.shard
-    return torch.optim.AdamW(listed, lr=o.rate, betas=o.betas, eps=o.eps, fused=fused)
+    optimizers = {"optimizer": torch.optim.AdamW(listed, lr=o.rate, betas=o.betas, eps=o.eps, fused=fused)}
+    if moved:
+        whole = [p for _, p in trained if id(p) in moved]
+        optimizers["muon"] = Muon(whole, o.matrix_rate, weight_decay=o.weight_decay)
+    return optimizers
+
+
+def peak_rate(config: Config, name: str) -> float:
+    """The highest rate of one of `build_optimizers`."""
+    return {"optimizer": config.optimizer.rate, "muon": config.optimizer.matrix_rate}[name]
 
 
 def build_discriminator_optimizer(config: Config, judge: nn.Module) -> torch.optim.Optimizer:

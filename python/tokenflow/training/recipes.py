@@ -63,11 +63,12 @@ TINY = Config(
         l1=1.0, semantic=0.5, perceptual=0.2, metric="st-lpips", perceptual_from=0.5, perceptual_pictures=4
     ),
     optimizer=OptimizerConfig(
-        steps=3000,
-        batch=16,
+        steps=4000,
+        batch=8,
         rate=1.5e-3,
         betas=(0.9, 0.99),
         weight_decay=0.01,
+        matrix_rate=2e-3,
         warmup=50,
         schedule="cosine",
         floor=0.02,

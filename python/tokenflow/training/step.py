@@ -66,13 +66,15 @@ class Step:
         if self.sharded:
             self.portrait = sharding.Portrait(model, accelerator.is_main_process)
             sharding.shard(model, parts.last_layer(model), device)
-        optimizer = parts.build_optimizer(config, model)
+        optimizers = parts.build_optimizers(config, model)
         # Newer releases of torch have another name for what DDP shall not do with buffers, and mean more by it.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         if self.sharded:
-            self.model, self.optimizer = model, accelerator.prepare_optimizer(optimizer)
+            self.model = model
+            self.optimizers = {name: accelerator.prepare_optimizer(o) for name, o in optimizers.items()}
         else:
-            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+            self.model, *prepared = accelerator.prepare(model, *optimizers.values())
+            self.optimizers = dict(zip(optimizers, prepared, strict=True))
         self.judge = self.judge_optimizer = None
         if judge is not None:
             judge.to(device)
@@ -97,7 +99,8 @@ class Step:
         self._schedule(step)
         seen: list[tuple[Tensor, Tensor]] = []
         told: list[dict[str, Tensor]] = []
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         for part, batch in enumerate(batches):
             self._draw(step, part)
             with self._synchronised(self.model, part, len(batches)):
@@ -105,7 +108,7 @@ class Step:
             told.append(terms)
             if self.judge is not None and self.objective.adversarial_weight(step):
                 seen.append((images, decoded.detach()))
-        norm, finite = self._update(self.optimizer, self.trained, self.config.optimizer.clip)
+        norm, finite = self._update(list(self.optimizers.values()), self.trained, self.config.optimizer.clip)
         if isinstance(self.bare, UniTok):
             clamp_logit_scale_(self.bare.logit_scale)
         terms = {**_means(told), "gradient_norm": norm}
@@ -155,27 +158,28 @@ class Step:
                 self.accelerator.backward(loss.total / len(seen))
             told.append(loss.terms)
         learned = [p for p in self.bare_judge.parameters() if p.requires_grad]
-        norm, _ = self._update(self.judge_optimizer, learned, self.config.adversary.discriminator_clip)
+        norm, _ = self._update([self.judge_optimizer], learned, self.config.adversary.discriminator_clip)
         return {**_means(told), "discriminator_norm": norm}
 
-    def _update(self, optimizer, trained: list[Tensor], clip: float) -> tuple[Tensor, bool]:
+    def _update(self, optimizers: list, trained: list[Tensor], clip: float) -> tuple[Tensor, bool]:
         """The gradient's norm, and whether the step was made: not where it is not finite, on no rank then."""
-        self.accelerator.unscale_gradients(optimizer)
-        clipping = sharding if self.sharded and optimizer is self.optimizer else nn.utils
+        self.accelerator.unscale_gradients(optimizers)
+        clipping = sharding if self.sharded and trained is self.trained else nn.utils
         norm = clipping.clip_grad_norm_(trained, clip or math.inf)
         finite = bool(norm.isfinite())
         # The scaler has to see infinities: it lowers its factor then, and skips the step itself.
         if finite or self.accelerator.scaler is not None:
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         return norm.detach(), finite
 
     def _schedule(self, step: int) -> None:
         factor = self.rate(step)
-        for optimizer, rate in (
-            (self.optimizer, self.config.optimizer.rate),
-            (self.judge_optimizer, self.config.adversary.discriminator_rate),
-        ):
-            for group in optimizer.param_groups if optimizer is not None else ():
+        rates = [(optimizer, parts.peak_rate(self.config, name)) for name, optimizer in self.optimizers.items()]
+        if self.judge_optimizer is not None:
+            rates.append((self.judge_optimizer, self.config.adversary.discriminator_rate))
+        for optimizer, rate in rates:
+            for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         if step >= self.config.steps_of(self.config.optimizer.revive_until) > 0:
             for codebook in self.codebooks:

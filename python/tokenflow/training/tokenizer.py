@@ -1,45 +1,32 @@
-"""Training of the tokenizer: reconstruction, distillation, commitment, and in the second half a perceptual distance.
+"""Training of the demo's tokenizer: `tokenflow train tokenflow-tiny`'s recipe on pictures in memory, by the clock.
 
     L = |x' - x| + (x' - x)^2 + w_sem (1 - cos(semantic decoder, teacher)) + commitment + w_per ST-LPIPS(x', x)
+
+The teacher's features are computed once, and a run lasts a number of seconds rather than of steps. What the recipe counts in
+steps of its whole run, such as the start of the last term, comes at the same share of the time.
 
 Source: section 3 of the TokenFlow paper without the adversarial term; the codebooks follow by EMA instead of a gradient.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenflow.losses.st_lpips import STLPIPS
 from tokenflow.models.precision import autocast, fast_dtype
 from tokenflow.models.tokenflow import TokenFlow
-from tokenflow.training.muon import Muon, matrices
+from tokenflow.training import parts
+from tokenflow.training.config import Config, identity
+from tokenflow.training.recipes import TINY
 from tokenflow.training.run import Stage, WeightAverage, batch_rows
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the training does; equal for a checkpoint and the run that continues it.
-
-    Muon moves the weights of linear layers and convolutions at `matrix_rate`, AdamW the rest at `rate`.
-    """
-
-    batch: int = 16
-    rate: float = 1.5e-3
-    matrix_rate: float = 4e-3
-    warmup: int = 50
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    average: float = 0.998
-    semantic_weight: float = 0.5
-    perceptual_weight: float = 0.2
-    perceptual_pictures: int = 4
-    perceptual_from: float = 0.5
-    revival_until: float = 0.8
+LOGGED = {"semantic": "semantic", "quantizer": "commitment", "perceptual": "ST-LPIPS"}
+"""What the page calls the objective's terms."""
 
 
 def train_tokenizer(
@@ -51,7 +38,7 @@ def train_tokenizer(
     seconds: float = 0.0,
     steps: int | None = None,
     seed: int = 0,
-    recipe: Recipe = Recipe(),
+    recipe: Config = TINY,
     key: str = "",
 ) -> tuple[TokenFlow, Stage]:
     """Train on `images` for a time or a number of steps, going on from `run_dir / "tokenizer.ckpt"` if it is there.
@@ -64,7 +51,7 @@ def train_tokenizer(
         seconds: training time, summed over restarts.
         steps: number of steps instead of a time: the same seed then gives the same weights.
         seed: of the initial weights, the batches and the flips.
-        recipe: rates and weights.
+        recipe: losses and optimiser. Where ST-LPIPS is not installed, its term is left out.
         key: names the pictures; a checkpoint of other pictures is refused.
 
     Returns:
@@ -73,54 +60,46 @@ def train_tokenizer(
     Raises:
         ValueError: the checkpoint belongs to other settings.
     """
+    if STLPIPS.installed() is None:
+        recipe = replace(recipe, loss=replace(recipe.loss, perceptual=0.0))
+    o = recipe.optimizer
     model = model.to(memory_format=torch.channels_last)
-    average = WeightAverage(model, decay=recipe.average)
-    weights = matrices(model)
-    others = [p for p in model.parameters() if all(p is not w for w in weights)]
-    muon = Muon(weights, recipe.matrix_rate, weight_decay=recipe.weight_decay)
-    adam = torch.optim.AdamW(others, recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
+    objective = parts.build_objective(recipe, model.image_size)
+    average = WeightAverage(model, decay=o.average)
+    optimizers = parts.build_optimizers(recipe, model)
     stage = Stage(
         "tokenizer",
         run_dir,
         seconds=seconds,
         steps=steps,
         seed=seed,
-        settings={**asdict(recipe), "pictures": key},
-        parts={"model": model, "muon": muon, "optimizer": adam, "average": average},
+        settings={**identity(recipe), "pictures": key},
+        parts={"model": model, "average": average, **optimizers},
         dtype=fast_dtype(images.device),
     )
-    perceptual = STLPIPS.installed()
     model.train()
     for step in stage:
-        rows = batch_rows(step, len(images), recipe.batch, seed)
+        at = int(stage.progress * o.steps)
+        rows = batch_rows(step, len(images), o.batch, seed)
         x, target = flipped(images[rows].float().div_(127.5).sub_(1.0), targets[rows])
-        if stage.progress > recipe.revival_until:
+        if at >= recipe.steps_of(o.revive_until):
             model.quantizer.quantizer.codebook.dead_code_threshold = 0.0
-        stage.set_rate(muon, recipe.matrix_rate, warmup=recipe.warmup)
-        stage.set_rate(adam, recipe.rate, warmup=recipe.warmup)
         with autocast(images.device):
             out = model(x)
-            difference = out.images.float() - x
-            mse = difference.square().mean()
-            semantic = 1 - F.cosine_similarity(out.semantic.float(), target, dim=1).mean()
-            loss = difference.abs().mean() + mse + recipe.semantic_weight * semantic + out.loss
-            if perceptual is not None and stage.progress >= recipe.perceptual_from:
-                few = slice(0, recipe.perceptual_pictures)
-                distance = perceptual(out.images[few], x[few]).mean()
-                loss = loss + recipe.perceptual_weight * distance
+            loss = objective.generator(at, x, out.images, quantizer=out.loss, semantic=(out.semantic, target))
         model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        muon.step()
-        adam.step()
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        for name, optimizer in optimizers.items():
+            stage.set_rate(optimizer, parts.peak_rate(recipe, name), warmup=o.warmup, floor=o.floor)
+            optimizer.step()
         average.update()
         if step % 10 == 0:
             stage.log(
-                PSNR=float(-10 * (mse.detach() / 4).log10()), semantic=semantic.detach(), commitment=out.loss.detach()
+                PSNR=-10 * math.log10(max(float(loss.terms["mse"]), 1e-12) / 4),
+                **{LOGGED[name]: term for name, term in loss.terms.items() if name in LOGGED},
             )
-            if perceptual is not None and stage.progress >= recipe.perceptual_from:
-                stage.log(**{"ST-LPIPS": distance.detach()})
-    model.load_state_dict({**model.state_dict(), **average.average})
+    average.copy_to(model)
     return model.eval(), stage
 
 
