@@ -3,6 +3,7 @@
 import json
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -637,6 +638,17 @@ def test_the_command_trains_goes_on_and_says_what_is_wrong(data, tmp_path, capsy
         main(["train", "tokenflow-huge"])
     assert stopped.value.code == 2 and "tokenflow-huge" in capsys.readouterr().err
     assert isinstance(Tokenizer.from_pretrained(out / "model"), TokenFlow)
+
+
+def test_a_run_whose_folder_moved_goes_on_where_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(RECIPES["tokenflow-tiny"], data=tmp_path, out=Path("runs/mine"))
+    folder = Folder(config.out)
+    folder.claim(config, {})
+    folder.begin(config, {})
+    folder.release()
+    config.out.rename("moved")
+    assert parse(["--resume", "moved"]).config == replace(config, out=Path("moved"))
 
 
 def test_the_precision_is_the_devices_and_stays_the_runs(data, tmp_path, monkeypatch):
