@@ -10,7 +10,8 @@ import torch
 from drawn import drawn_folder
 from PIL import Image
 from tokenflow.data import Pictures, emoji, fluent_emoji, image_folder
-from tokenflow.data.entries import caption_of, data_set
+from tokenflow.data.entries import Entry, caption_of, data_set
+from tokenflow.data.folder import bases_of
 from tokenflow.data.loading import Crop
 from tokenflow.data.pictures import hide_pairs, opened, read_picture, split_by_base
 from tokenflow.errors import Missing
@@ -202,6 +203,18 @@ def test_split_keeps_bases_together_and_every_group_in_both():
     train, test = ({b for b, s in zip(bases, split, strict=True) if s == name} for name in ("train", "test"))
     assert not train & test and 0.05 < len(test) / 100 < 0.2
     assert {g for g, s in zip(groups, split, strict=True) if s == "test"} == {"a", "b"}
+
+
+def test_classes_whose_pictures_have_one_caption_are_split_by_picture():
+    """A tree like ImageNet's: the class is in every file's name, and the caption is what is left of it."""
+    names = [f"n{c:08}" for c in range(12)]
+    entries = [Entry(f"{name}/{name}_{i}.JPEG", "", group=name) for name in names for i in range(20)]
+    entries += [Entry(f"mixed/{colour} thing {i}.png", "", group="mixed") for colour in ("red", "blue") for i in range(9)]
+    assert len({entry.text for entry in entries}) == 14
+    split = split_by_base(bases_of(entries), [entry.group for entry in entries])
+    held = [sum(s == "test" for s, e in zip(split, entries, strict=True) if e.group == name) for name in names]
+    assert held == [2] * 12
+    assert sorted(split[-18:-9] + split[-9:]) == ["test"] * 9 + ["train"] * 9 and len({*split[-9:]}) == 1
 
 
 def test_hidden_pairs_leave_base_and_tone_in_training():

@@ -51,6 +51,15 @@ def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
 
 
 def bases_of(entries: Sequence[Entry]) -> list[str]:
-    """What is held out together: the pictures of one caption, or where there are fewer than ten captions ("IMG_0001.jpg"), each."""
+    """What is held out together: the pictures of one caption.
+
+    Each picture is its own where there are fewer than ten captions ("IMG_0001.jpg"), and in a class that has one caption for
+    all, as ImageNet's files do ("n01440764/n01440764_18.JPEG"): nothing of that class could be held out otherwise.
+    """
     captions = [entry.text for entry in entries]
-    return captions if len(set(captions)) >= FEWEST_CAPTIONS else [entry.key for entry in entries]
+    if len(set(captions)) < FEWEST_CAPTIONS:
+        return [entry.key for entry in entries]
+    said: dict[str, set[str]] = {}
+    for entry, caption in zip(entries, captions, strict=True):
+        said.setdefault(entry.group, set()).add(caption)
+    return [e.key if len(said[e.group]) == 1 else c for e, c in zip(entries, captions, strict=True)]
