@@ -135,7 +135,10 @@ def test_probe_is_on_pictures_of_other_names_and_reads_a_planted_class(models):
     meter = ProbeMeter(model, entries, most=100)
     assert meter.possible and not ProbeMeter(model, entries[:20], most=100).possible
     assert not ProbeMeter(model, entries, most=0).possible and len(ProbeMeter(model, entries, most=30).about) == 30
-    for start in range(0, 40, 8):
+    # A picture without a class and a class with one picture take no part.
+    entries += [Entry(f"thing {i}.png", "") for i in range(7)] + [Entry("rare/thing.png", "", group="rare")]
+    meter = ProbeMeter(model, entries, most=100)
+    for start in range(0, 48, 8):
         seen = seen_of(model, 8, seed=start, rows=list(range(start, start + 8)))
         level = torch.tensor([-0.5 if entries[r].group == "dark" else 0.5 for r in seen.rows])[:, None, None, None]
         meter.update(seen._replace(originals=0.2 * seen.originals + level))
