@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -297,3 +298,40 @@ def test_tar_members_that_are_no_files_are_left_out(tmp_path):
         tar.addfile(member, io.BytesIO(b"abc"))
     (entry,) = data_set(tmp_path / "a.tar").entries
     assert entry.key == "a.tar/x/real.png" and entry.group == "x" and entry.read() == b"abc"
+
+
+def test_links_to_folders_are_followed_once_and_those_in_the_tree_not(tmp_path):
+    """Trees of classes are often links to where the pictures lie."""
+    picture = encoded((1, 2, 3))
+    for folder in ("elsewhere/a", "elsewhere/b", "data/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.png").write_bytes(picture)
+    data = tmp_path / "data"
+    for name, target in (("a", "elsewhere/a"), ("again", "elsewhere/a"), ("inside", "data/c"), ("around", "."), ("b", "elsewhere/b")):
+        (data / name).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere" / "b" / "back").symlink_to(data)
+    (tmp_path / "elsewhere" / "b" / "round").symlink_to(tmp_path / "elsewhere" / "b")
+    assert [(e.key, e.group) for e in data_set(data).entries] == [("a/x.png", "a"), ("b/x.png", "b"), ("c/x.png", "c")]
+    assert [e.key for e in data_set(data / "a").entries] == ["x.png"]
+
+
+def test_what_leads_nowhere_is_named_and_ends_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded((1, 2, 3)))
+    for name in ("a.txt", "b.tar"):
+        (tmp_path / name).symlink_to(tmp_path / "nothing")
+    found = data_set(tmp_path)
+    assert [(e.key, e.caption) for e in found.entries] == [("a.png", "")]
+    assert found.broken == [
+        "a.png: its caption cannot be read (No such file or directory)",
+        "b.tar: broken behind 0 pictures (No such file or directory)",
+    ]
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "scandir", refused)
+    assert data_set(tmp_path).broken[0] == "closed: Permission denied"
