@@ -210,7 +210,9 @@ def test_classes_whose_pictures_have_one_caption_are_split_by_picture():
     """A tree like ImageNet's: the class is in every file's name, and the caption is what is left of it."""
     names = [f"n{c:08}" for c in range(12)]
     entries = [Entry(f"{name}/{name}_{i}.JPEG", "", group=name) for name in names for i in range(20)]
-    entries += [Entry(f"mixed/{colour} thing {i}.png", "", group="mixed") for colour in ("red", "blue") for i in range(9)]
+    entries += [
+        Entry(f"mixed/{colour} thing {i}.png", "", group="mixed") for colour in ("red", "blue") for i in range(9)
+    ]
     assert len({entry.text for entry in entries}) == 14
     split = split_by_base(bases_of(entries), [entry.group for entry in entries])
     held = [sum(s == "test" for s, e in zip(split, entries, strict=True) if e.group == name) for name in names]
@@ -307,7 +309,13 @@ def test_links_to_folders_are_followed_once_and_those_in_the_tree_not(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "x.png").write_bytes(picture)
     data = tmp_path / "data"
-    for name, target in (("a", "elsewhere/a"), ("again", "elsewhere/a"), ("inside", "data/c"), ("around", "."), ("b", "elsewhere/b")):
+    for name, target in (
+        ("a", "elsewhere/a"),
+        ("again", "elsewhere/a"),
+        ("inside", "data/c"),
+        ("around", "."),
+        ("b", "elsewhere/b"),
+    ):
         (data / name).symlink_to(tmp_path / target)
     (tmp_path / "elsewhere" / "b" / "back").symlink_to(data)
     (tmp_path / "elsewhere" / "b" / "round").symlink_to(tmp_path / "elsewhere" / "b")

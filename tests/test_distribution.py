@@ -133,7 +133,9 @@ def test_kid_is_its_formula_and_leaves_out_a_pictures_own_reconstruction():
     assert error == pytest.approx(blocks.std().item() / math.sqrt(3), rel=1e-10)
 
 
-@pytest.mark.parametrize(("count", "said"), [(7, "1 block of 7"), (1999, "1 block of 1999"), (2500, "2 blocks of 1250")])
+@pytest.mark.parametrize(
+    ("count", "said"), [(7, "1 block of 7"), (1999, "1 block of 1999"), (2500, "2 blocks of 1250")]
+)
 def test_kid_says_its_blocks_as_they_are(count, said):
     kernel = distribution._Kernel(1)
     kernel.update(randn(count, 1), randn(count, 1, seed=1))
