@@ -172,6 +172,9 @@ def test_text_tokenizer(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "bare.json"))
     with pytest.raises(ValueError, match="wanted a vocabulary with <|startoftext|>".replace("|", r"\|")):
         TextTokenizer(tmp_path / "bare.json")
+    (tmp_path / "torn.json").write_text('{"version": ')
+    with pytest.raises(ValueError, match=r"TextTokenizer: path: wanted a tokenizer.json, got .*torn.json \("):
+        TextTokenizer(tmp_path / "torn.json")
 
 
 def test_text_tokenizer_without_its_package(monkeypatch, tmp_path):

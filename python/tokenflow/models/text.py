@@ -134,6 +134,7 @@ class TextTokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: the file is no vocabulary, or lacks the words that begin and end a caption.
         tokenflow.errors.Missing: the package `tokenizers` is not installed.
     """
 
@@ -146,7 +147,10 @@ class TextTokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
             raise FileNotFoundError(f"TextTokenizer: path: wanted a tokenizer.json, got {path}, which does not exist")
-        self.tokenizer, self.context = Tokenizer.from_file(str(path)), context
+        try:
+            self.tokenizer, self.context = Tokenizer.from_file(str(path)), context
+        except Exception as error:  # the package has no type of its own for it
+            raise ValueError(f"TextTokenizer: path: wanted a tokenizer.json, got {path} ({error})") from error
         self.start, self.end = (self.tokenizer.token_to_id(token) for token in (START, END))
         if self.start is None or self.end is None:
             raise ValueError(f"TextTokenizer: path: wanted a vocabulary with {START} and {END}, got {path} without")
