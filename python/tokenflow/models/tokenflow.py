@@ -214,6 +214,8 @@ class TokenFlow(MultiScaleTokenizer):
     @classmethod
     def grid_of(cls, config: Config, image_size: tuple[int, int]) -> tuple[int, int]:
         if config.tower is None:
+            if type(config.scales[-1]) is not int or config.scales[-1] % 2:
+                raise ValueError(f"TokenFlow: scales: wanted an even side at the end, got {config.scales}")
             side = 4 * config.scales[-1]
             if image_size != (side, side):
                 raise ValueError(f"TokenFlow: image_size: wanted {side}, the size of this model, got {image_size}")
