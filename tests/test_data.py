@@ -192,6 +192,13 @@ def test_a_bad_folder_is_one_sentence(tmp_path, make, kind, words):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_written_among_the_pictures_is_none_of_them(tmp_path):
+    folder = make_folder(tmp_path / "in")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "result.png").write_bytes(encoded((9, 9, 9)))
+    assert len(image_folder(folder, without=folder / "runs")) == 36 and len(image_folder(folder)) == 37
+
+
 def test_caption_of_a_file_name():
     assert caption_of("red_apple-03") == "red apple" and caption_of("007") == "007"
 

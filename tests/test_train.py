@@ -651,6 +651,17 @@ def test_a_run_whose_folder_moved_goes_on_where_it_is_now(tmp_path, monkeypatch)
     assert parse(["--resume", "moved"]).config == replace(config, out=Path("moved"))
 
 
+def test_a_run_among_its_pictures_does_not_read_its_own(tmp_path):
+    data = pictures(tmp_path / "data")
+    config = small("tokenflow-tiny", data, data / "runs" / "mine", steps=1)
+    before = TrainingSet(config, (16, 16)).names()
+    for folder in ("pictures", "more/tensorboard"):
+        (config.out / folder).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(config.out / folder / "step-00000001.png")
+    assert TrainingSet(config, (16, 16)).names() == before
+    assert TrainingSet(replace(config, out=tmp_path / "other"), (16, 16)).names() != before
+
+
 def test_the_precision_is_the_devices_and_stays_the_runs(data, tmp_path, monkeypatch):
     """A run that begins on one processor and goes on on another, which is fast in another type, keeps its own."""
     stored = lambda: json.loads((tmp_path / "run" / "config.json").read_text())["run"]["optimizer"]["precision"]  # noqa: E731

@@ -84,12 +84,16 @@ class DataSet(NamedTuple):
     broken: list[str]
 
 
-def data_set(path: str | Path) -> DataSet:
+def data_set(path: str | Path, *, without: Path | None = None) -> DataSet:
     """The pictures of a folder or of tar shards.
 
     In a folder, captions come from `captions.csv` (columns file and caption) or from a text file beside the picture (`cat.txt`
     for `cat.jpg`); the first sub-folder's name is the class. Tar files in it are shards: their pictures take their place among
     the image files, in the order of the paths. Links to folders outside are followed.
+
+    Args:
+        path: the folder, or one shard.
+        without: a folder whose files are left out, such as one that pictures are written to.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
@@ -102,7 +106,7 @@ def data_set(path: str | Path) -> DataSet:
         if path.suffix != ".tar":
             raise ValueError(f"data: path: {WANTED}, got the file {path}")
         return DataSet(*tar_entries(path, path.name))
-    files, broken = _files(path)
+    files, broken = _files(path, without)
     listed = read_captions(path / CAPTION_FILE)
     texts = {file.with_suffix("") for file in files if file.suffix == ".txt"}
     entries = []
@@ -123,14 +127,14 @@ def data_set(path: str | Path) -> DataSet:
     return DataSet(entries, broken)
 
 
-def _files(path: Path) -> tuple[list[Path], list[str]]:
-    """The files below a folder in order, and a sentence about each folder in it that cannot be read.
+def _files(path: Path, without: Path | None) -> tuple[list[Path], list[str]]:
+    """The files below a folder but for those of another in order, and a sentence about each folder in it that cannot be read.
 
     A link to a folder is followed once, unless that folder lies in the tree already, or around it.
     """
     inside = lambda a, b: f"{a}{os.sep}".startswith(f"{b}{os.sep}")  # noqa: E731
     root, broken = os.path.realpath(path), []
-    files, seen = [], {root}
+    files, seen = [], {root, *([] if without is None else [os.path.realpath(without)])}
     unread = lambda error: broken.append(f"{printable(os.path.relpath(error.filename, path))}: {error.strerror}")  # noqa: E731
     for folder, folders, names in os.walk(path, followlinks=True, onerror=unread):
         files += [Path(folder, name) for name in names]

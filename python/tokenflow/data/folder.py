@@ -15,7 +15,7 @@ FEWEST = 32
 FEWEST_CAPTIONS = 10
 
 
-def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
+def image_folder(path: Path, *, fewest: int = FEWEST, without: Path | None = None) -> Pictures:
     """Read every image below `path` (or in its tar shards, see `data_set`), broken ones left out and named in `skipped`.
 
     A picture without a caption is captioned by its file name ("red_apple-03.png" -> "red apple"). Pictures of one caption
@@ -25,12 +25,13 @@ def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
     Args:
         path: the folder.
         fewest: the fewest readable pictures that make sense for training.
+        without: see `data_set`.
 
     Raises:
         FileNotFoundError: the folder is missing.
         ValueError: it is not a folder, holds fewer than `fewest` readable pictures, or captions.csv has other columns.
     """
-    entries, skipped = data_set(path)
+    entries, skipped = data_set(path, without=without)
     images, read = [], []
     for entry in tqdm(entries, desc="reading pictures", unit="picture"):
         try:

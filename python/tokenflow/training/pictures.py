@@ -56,7 +56,8 @@ class TrainingSet:
 
     def __init__(self, config: Config, size: tuple[int, int], context: int | None = None) -> None:
         self.config, self.size = config, size
-        self.entries, self.broken = data_set(config.data)
+        # A run that lies among its pictures writes pictures of its own there.
+        self.entries, self.broken = data_set(config.data, without=config.out)
         batch = config.optimizer.batch
         if len(self.entries) < batch:
             reason = f" ({self.broken[0]})" if self.broken else ""
