@@ -1,5 +1,6 @@
 """Reading pictures: folders, captions, the emoji tarballs, the split, and what is said when something is missing."""
 
+import contextlib
 import io
 import json
 import os
@@ -284,6 +285,21 @@ def test_a_failing_npm_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(Missing, match=r"could not fetch .*\(no such host\)") as caught:
         fluent_emoji(tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+def test_what_npm_was_killed_in_is_not_taken_for_the_package(tmp_path, monkeypatch):
+    npm, name = tmp_path / "npm", "unicode-emoji-json-0.9.0.tgz"
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: str(npm))
+    for code in (1, 0):
+        npm.write_text(f"#!/bin/sh\necho whole > {name}\nexit {code}\n")
+        npm.chmod(0o755)
+        with contextlib.suppress(Missing):
+            emoji.fetch(emoji.PACKAGES[1], tmp_path / "cache")
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ([] if code else [name])
+    put(tmp_path / "cache" / "lobehub-fluent-emoji-3d-1.1.0.tgz", {})
+    (tmp_path / "cache" / name).write_bytes(b"\x1f\x8b\x08\x00torn")
+    with pytest.raises(Missing, match=r"are torn .*remove that folder's \*.tgz, or point the demo at a folder"):
+        fluent_emoji(tmp_path / "cache")
 
 
 def test_captions_beside_pictures_and_in_a_table(tmp_path):
