@@ -662,6 +662,26 @@ def test_a_run_among_its_pictures_does_not_read_its_own(tmp_path):
     assert TrainingSet(replace(config, out=tmp_path / "other"), (16, 16)).names() != before
 
 
+def test_a_disk_that_tensorboard_fills_ends_tensorboard_alone(data, tmp_path, monkeypatch, capsys):
+    """Its thread fails, and says so in the next call: here in that of step 2, and in `close`."""
+    from tensorboard.summary.writer import event_file_writer
+
+    asked = event_file_writer._AsyncWriter.write
+
+    def full(self, content):
+        self.asked = getattr(self, "asked", 0) + 1
+        if self.asked > 9:
+            raise OSError(28, "No space left on device")
+        asked(self, content)
+
+    monkeypatch.setattr(event_file_writer._AsyncWriter, "write", full)
+    config = small("tokenflow-tiny", data, tmp_path / "run", steps=3, log_every=1, tensorboard=True)
+    train(config)
+    told = capsys.readouterr().err
+    assert told.count("tensorboard's files could not be written ([Errno 28] No space left on device)") == 1
+    assert [line["step"] for line in curve(config.out)] == [1, 2, 3]
+
+
 def test_the_precision_is_the_devices_and_stays_the_runs(data, tmp_path, monkeypatch):
     """A run that begins on one processor and goes on on another, which is fast in another type, keeps its own."""
     stored = lambda: json.loads((tmp_path / "run" / "config.json").read_text())["run"]["optimizer"]["precision"]  # noqa: E731
