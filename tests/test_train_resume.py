@@ -174,6 +174,27 @@ def test_checkpoints_that_cannot_be_read_are_passed_over(data, whole, tmp_path, 
         train(short(data, out))
 
 
+def test_readers_that_outlive_a_killed_run_do_not_keep_its_folder(data, tmp_path):
+    config = short(data, tmp_path / "run")
+    killed = folders.Folder(config.out)
+    killed.claim(config, {})
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # as a worker of DataLoader
+        os.write(writer, b"1")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(reader, 1) == b"1"
+        with pytest.raises(ValueError, match="where a run goes on"):
+            folders.Folder(config.out).claim(config, {})
+        killed.release()  # as the system does with a process that is gone
+        folders.Folder(config.out).claim(config, {})
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """A function that makes files above 1 kB fail while the checkpoint of a step is written, as a full disk does."""
