@@ -1,7 +1,9 @@
 """Reading pictures: folders, captions, the emoji tarballs, the split, and what is said when something is missing."""
 
+import contextlib
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from drawn import drawn_folder
 from PIL import Image
 from tokenflow.data import Pictures, emoji, fluent_emoji, image_folder
-from tokenflow.data.entries import caption_of, data_set
+from tokenflow.data.entries import Entry, caption_of, data_set
+from tokenflow.data.folder import bases_of
 from tokenflow.data.loading import Crop
 from tokenflow.data.pictures import hide_pairs, opened, read_picture, split_by_base
 from tokenflow.errors import Missing
@@ -190,6 +193,13 @@ def test_a_bad_folder_is_one_sentence(tmp_path, make, kind, words):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_written_among_the_pictures_is_none_of_them(tmp_path):
+    folder = make_folder(tmp_path / "in")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "result.png").write_bytes(encoded((9, 9, 9)))
+    assert len(image_folder(folder, without=folder / "runs")) == 36 and len(image_folder(folder)) == 37
+
+
 def test_caption_of_a_file_name():
     assert caption_of("red_apple-03") == "red apple" and caption_of("007") == "007"
 
@@ -202,6 +212,20 @@ def test_split_keeps_bases_together_and_every_group_in_both():
     train, test = ({b for b, s in zip(bases, split, strict=True) if s == name} for name in ("train", "test"))
     assert not train & test and 0.05 < len(test) / 100 < 0.2
     assert {g for g, s in zip(groups, split, strict=True) if s == "test"} == {"a", "b"}
+
+
+def test_classes_whose_pictures_have_one_caption_are_split_by_picture():
+    """A tree like ImageNet's: the class is in every file's name, and the caption is what is left of it."""
+    names = [f"n{c:08}" for c in range(12)]
+    entries = [Entry(f"{name}/{name}_{i}.JPEG", "", group=name) for name in names for i in range(20)]
+    entries += [
+        Entry(f"mixed/{colour} thing {i}.png", "", group="mixed") for colour in ("red", "blue") for i in range(9)
+    ]
+    assert len({entry.text for entry in entries}) == 14
+    split = split_by_base(bases_of(entries), [entry.group for entry in entries])
+    held = [sum(s == "test" for s, e in zip(split, entries, strict=True) if e.group == name) for name in names]
+    assert held == [2] * 12
+    assert sorted(split[-18:-9] + split[-9:]) == ["test"] * 9 + ["train"] * 9 and len({*split[-9:]}) == 1
 
 
 def test_hidden_pairs_leave_base_and_tone_in_training():
@@ -263,6 +287,21 @@ def test_a_failing_npm_is_one_sentence(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_what_npm_was_killed_in_is_not_taken_for_the_package(tmp_path, monkeypatch):
+    npm, name = tmp_path / "npm", "unicode-emoji-json-0.9.0.tgz"
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: str(npm))
+    for code in (1, 0):
+        npm.write_text(f"#!/bin/sh\necho whole > {name}\nexit {code}\n")
+        npm.chmod(0o755)
+        with contextlib.suppress(Missing):
+            emoji.fetch(emoji.PACKAGES[1], tmp_path / "cache")
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ([] if code else [name])
+    put(tmp_path / "cache" / "lobehub-fluent-emoji-3d-1.1.0.tgz", {})
+    (tmp_path / "cache" / name).write_bytes(b"\x1f\x8b\x08\x00torn")
+    with pytest.raises(Missing, match=r"are torn .*remove that folder's \*.tgz, or point the demo at a folder"):
+        fluent_emoji(tmp_path / "cache")
+
+
 def test_captions_beside_pictures_and_in_a_table(tmp_path):
     drawn_folder(tmp_path, 1)
     (tmp_path / "ring" / "red_ring-0.txt").write_text("a red ring \n")
@@ -284,3 +323,46 @@ def test_tar_members_that_are_no_files_are_left_out(tmp_path):
         tar.addfile(member, io.BytesIO(b"abc"))
     (entry,) = data_set(tmp_path / "a.tar").entries
     assert entry.key == "a.tar/x/real.png" and entry.group == "x" and entry.read() == b"abc"
+
+
+def test_links_to_folders_are_followed_once_and_those_in_the_tree_not(tmp_path):
+    """Trees of classes are often links to where the pictures lie."""
+    picture = encoded((1, 2, 3))
+    for folder in ("elsewhere/a", "elsewhere/b", "data/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.png").write_bytes(picture)
+    data = tmp_path / "data"
+    for name, target in (
+        ("a", "elsewhere/a"),
+        ("again", "elsewhere/a"),
+        ("inside", "data/c"),
+        ("around", "."),
+        ("b", "elsewhere/b"),
+    ):
+        (data / name).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere" / "b" / "back").symlink_to(data)
+    (tmp_path / "elsewhere" / "b" / "round").symlink_to(tmp_path / "elsewhere" / "b")
+    assert [(e.key, e.group) for e in data_set(data).entries] == [("a/x.png", "a"), ("b/x.png", "b"), ("c/x.png", "c")]
+    assert [e.key for e in data_set(data / "a").entries] == ["x.png"]
+
+
+def test_what_leads_nowhere_is_named_and_ends_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded((1, 2, 3)))
+    for name in ("a.txt", "b.tar"):
+        (tmp_path / name).symlink_to(tmp_path / "nothing")
+    found = data_set(tmp_path)
+    assert [(e.key, e.caption) for e in found.entries] == [("a.png", "")]
+    assert found.broken == [
+        "a.png: its caption cannot be read (No such file or directory)",
+        "b.tar: broken behind 0 pictures (No such file or directory)",
+    ]
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "scandir", refused)
+    assert data_set(tmp_path).broken[0] == "closed: Permission denied"

@@ -197,6 +197,21 @@ def test_dinov2_tower_without_weights(tmp_path):
         dinov2_tower(tmp_path / "none")
 
 
+def test_dinov2_tower_refuses_other_weights(tmp_path):
+    """Of another model's file transformers would take what fits, and draw the rest."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    transformers.ViTModel(transformers.ViTConfig(intermediate_size=64, **sizes)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="dinov2_tower: folder: wanted the weights of a DINOv2, got .*vit"):
+        dinov2_tower(tmp_path / "vit", blocks=(0, 1))
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    model.half().save_pretrained(tmp_path / "half")
+    assert {p.dtype for p in dinov2_tower(tmp_path / "half", blocks=(0, 1)).parameters()} == {torch.float32}
+    (tmp_path / "half" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="dinov2_tower: folder: wanted the weights of a DINOv2, got .*half"):
+        dinov2_tower(tmp_path / "half", blocks=(0, 1))
+
+
 # Augmentation and blur
 
 

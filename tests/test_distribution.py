@@ -96,7 +96,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(kernel, monkeypatch):
     assert max(sizes) <= (60 * dim * 2 * 4 if kernel else 2 * (2 * dim + 30 + 1) * dim * 8) and min(sizes) > 0
     (measure,) = meter.measures()
     if kernel:
-        assert measure.protocol == "p, blocks of 60 of a random 60 of the pictures"
+        assert measure.protocol == "p, 1 block of 60 of a random 60 of the pictures"
         return
     look = lambda t: ((t + 1) * 127.5).round().double().mean(3).flatten(1)  # noqa: E731
     assert measure.value == pytest.approx(frechet(look(images), look(images.flip(2))), rel=1e-6)
@@ -131,6 +131,16 @@ def test_kid_is_its_formula_and_leaves_out_a_pictures_own_reconstruction():
     blocks = torch.tensor([kid(x[rows], y[rows])[0] for rows in order.split(4)], dtype=torch.float64)
     assert value == pytest.approx(blocks.mean().item(), rel=1e-10)
     assert error == pytest.approx(blocks.std().item() / math.sqrt(3), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(7, "1 block of 7"), (1999, "1 block of 1999"), (2500, "2 blocks of 1250")]
+)
+def test_kid_says_its_blocks_as_they_are(count, said):
+    kernel = distribution._Kernel(1)
+    kernel.update(randn(count, 1), randn(count, 1, seed=1))
+    measure = kernel.measure("k", "p")
+    assert measure.protocol == f"p, {said}" and (measure.error is None) == ("blocks" not in said)
 
 
 def test_kid_of_equal_distributions_is_zero_on_average():

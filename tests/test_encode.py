@@ -356,6 +356,17 @@ def test_a_broken_shard_of_tokens_is_a_sentence_and_can_be_written_again(picture
     assert shard.read_bytes() == good
 
 
+@pytest.mark.parametrize("content", ["[1", "[1]", "{}", '{"shards": "4"}', b"\xff"])
+def test_another_encode_json_is_a_sentence(content, tmp_path):
+    (tmp_path / "encode.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="tokens: wanted the encode.json of tokenflow encode, got"):
+        read_tokens(tmp_path)
+    with pytest.raises(
+        ValueError, match="tokens: wanted the encode.json of tokenflow encode|folder or that of the same run"
+    ):
+        start(tmp_path, {"shards": 4})
+
+
 def test_a_few_pictures_are_lines_as_the_options_say(saved, model, pictures, tmp_path, capsys):
     paths = [pictures / "cut.jpg", *sorted(pictures.rglob("*-0.png"))[:5]]
     found = []

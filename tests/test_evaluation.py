@@ -10,7 +10,7 @@ import torch
 from drawn import drawn_folder
 from PIL import Image
 from safetensors.torch import save_file
-from small_models import one_of_each
+from small_models import CLIP, one_of_each, small
 from tokenflow.cli import main
 from tokenflow.data.entries import Entry, data_set
 from tokenflow.data.loading import Crop, as_float
@@ -135,7 +135,10 @@ def test_probe_is_on_pictures_of_other_names_and_reads_a_planted_class(models):
     meter = ProbeMeter(model, entries, most=100)
     assert meter.possible and not ProbeMeter(model, entries[:20], most=100).possible
     assert not ProbeMeter(model, entries, most=0).possible and len(ProbeMeter(model, entries, most=30).about) == 30
-    for start in range(0, 40, 8):
+    # A picture without a class and a class with one picture take no part.
+    entries += [Entry(f"thing {i}.png", "") for i in range(7)] + [Entry("rare/thing.png", "", group="rare")]
+    meter = ProbeMeter(model, entries, most=100)
+    for start in range(0, 48, 8):
         seen = seen_of(model, 8, seed=start, rows=list(range(start, start + 8)))
         level = torch.tensor([-0.5 if entries[r].group == "dark" else 0.5 for r in seen.rows])[:, None, None, None]
         meter.update(seen._replace(originals=0.2 * seen.originals + level))
@@ -317,6 +320,14 @@ def test_what_could_not_be_measured_after_all_is_said(files, models, monkeypatch
     assert {m.name for m in found.measures} >= {"PSNR", "codebook use"}
     for name in ("KID on EfficientNet-Lite0", "linear probe", "zero-shot and retrieval"):
         assert f"{name}: too few readable pictures, or without classes or captions" in found.missing
+
+
+def test_pictures_too_small_for_a_measure_are_measured_by_the_others(files, pictures):
+    lpips = tuple(files / f"{name}.safetensors" for name in ("trunk", "heads"))
+    found = evaluate_data_set(small(CLIP), "m", pictures, Running(), Brought(limit=3, lpips=lpips))
+    assert {m.name for m in found.measures} >= {"PSNR", "SSIM", "LPIPS (VGG16)"}  # of 16 x 16
+    assert "ST-LPIPS (AlexNet)" not in {m.name for m in found.measures}
+    assert "ST-LPIPS (AlexNet): needs sides of at least 21" in found.missing
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [

@@ -19,6 +19,7 @@ from tokenflow.losses.adversarial import (
     generator_loss,
 )
 from tokenflow.losses.blur import Fade
+from tokenflow.losses.st_lpips import CONVOLUTIONS, STLPIPS
 from torch import nn
 
 SIDES = ((32, 32), (16, 40))
@@ -113,6 +114,17 @@ def test_lpips_of_no_pictures():
     distance = metric(a, a.detach())
     distance.sum().backward()
     assert distance.shape == (0,) and a.grad.shape == a.shape
+
+
+def test_st_lpips_of_small_pictures():
+    state = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.ones(1, 3, 1, 1)}
+    for level, (name, before, side) in enumerate(zip(CONVOLUTIONS, (3, 2, 2, 2, 2), (11, 5, 3, 3, 3), strict=True)):
+        state |= {f"net.{name}.weight": torch.ones(2, before, side, side), f"net.{name}.bias": torch.zeros(2)}
+        state[f"lin{level}.model.1.weight"] = torch.ones(1, 2, 1, 1)
+    metric = STLPIPS(state)
+    assert metric(torch.zeros(2, 3, 21, 40), torch.zeros(2, 3, 21, 40)).tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match=r"ST-LPIPS: a: wanted sides of at least 21, got \[20, 40\]"):
+        metric(torch.zeros(2, 3, 20, 40), torch.zeros(2, 3, 20, 40))
 
 
 def test_perceptual_says_what_is_missing(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from released_files import small_file
 from small_models import CLIP, CONFIGS, SIGLIP, VITAMIN, images_of, small
 from tokenflow.models import VQVAE, TokenFlow, Tokenizer, vit
 from tokenflow.models.semantic import Tower
-from tokenflow.models.tokenflow import PRESETS
+from tokenflow.models.tokenflow import PRESETS, Config
 
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(tokenflow.models.__path__)])
@@ -234,6 +234,8 @@ def test_sizes_that_cannot_be_are_told_when_the_model_is_made():
     ):
         with pytest.raises(ValueError, match=words):
             TokenFlow(replace(CLIP, **changes))
+    with pytest.raises(ValueError, match=r"TokenFlow: scales: wanted an even side at the end, got \(1, 2, 5\)"):
+        TokenFlow(Config(image_size=20, scales=(1, 2, 5)))
     with pytest.raises(ValueError, match="VQVAE: image_size: wanted multiples of 16"):
         VQVAE(replace(VQVAE.presets["var-vqvae"], image_size=250))
 

@@ -1,6 +1,8 @@
 """Models in folders and on the hub: saved and read back, killed while saving, broken, from a cache."""
 
 import json
+import resource
+import signal
 import sys
 from dataclasses import replace
 
@@ -90,6 +92,19 @@ def test_a_saving_that_dies_leaves_the_weights_that_were_there(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path)
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
+def test_a_full_disk_is_an_oserror_as_elsewhere(tmp_path):
+    """What writes checkpoints spares a run those, and safetensors' own error is none."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="save_pretrained: .*model.safetensors could not be written"):
+            small(CLIP).save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_repository_of_the_hub_from_its_cache(tmp_path):

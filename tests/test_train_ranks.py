@@ -3,6 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenflow.errors import Missing
+from tokenflow.training import sharding
 from tokenflow.training.engine import train
 from training_runs import curve, fork_server, on_ranks, pictures, small, vocabulary
 
@@ -112,6 +114,13 @@ def test_sharded_ranks_are_one_process(data, tmp_path, forks):
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-2, atol=2e-3)
     assert (sharded.out / "pictures" / "step-00000004.png").exists()
+
+
+def test_a_torch_that_cannot_shard_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(sharding, "fully_shard", lambda module, *, mesh: module)
+    layer = torch.nn.Linear(1, 1)
+    with pytest.raises(Missing, match="train: shard: wanted torch 2.7 or newer, got "):
+        sharding.shard(layer, layer.weight, torch.device("cpu"))
 
 
 def test_sharded_unitok_contrasts_and_weighs_by_its_last_layer(data, tmp_path, forks):

@@ -1,6 +1,7 @@
 """A run goes on exactly: killed at random moments, interrupted, with a torn or broken checkpoint, with a full disk."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tokenflow.training import folder as folders
 from tokenflow.training.engine import train
+from tokenflow.training.pictures import TrainingSet, _leave_stopping
 from training_runs import child, curve, fork_server, pictures, small
 
 KILLS = 20
@@ -172,6 +174,59 @@ def test_checkpoints_that_cannot_be_read_are_passed_over(data, whole, tmp_path, 
         path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="wanted a checkpoint that can be read"):
         train(short(data, out))
+
+
+def test_readers_leave_stopping_to_the_run(data, tmp_path):
+    """torchrun and schedulers send SIGTERM to every process: the run has to live until it has saved."""
+    config = short(data, tmp_path / "run", steps=40, workers=1)
+    batches = TrainingSet(config, (16, 16)).batches(0)
+    next(batches)
+    (reader,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(reader.pid, number)
+    assert sum(1 for _ in batches) == 39  # more than were read ahead
+
+
+def hanging(ready):
+    _leave_stopping(0)
+    ready.set()
+    while True:
+        time.sleep(1)
+
+
+def test_a_reader_that_hangs_can_be_ended():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    reader = context.Process(target=hanging, args=(ready,), daemon=True)
+    reader.start()
+    assert ready.wait(20)
+    reader.terminate()
+    reader.join(0.3)
+    assert reader.is_alive()
+    reader.terminate()
+    reader.join(20)
+    assert reader.exitcode == -signal.SIGTERM
+
+
+def test_readers_that_outlive_a_killed_run_do_not_keep_its_folder(data, tmp_path):
+    config = short(data, tmp_path / "run")
+    killed = folders.Folder(config.out)
+    killed.claim(config, {})
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # as a worker of DataLoader
+        os.write(writer, b"1")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(reader, 1) == b"1"
+        with pytest.raises(ValueError, match="where a run goes on"):
+            folders.Folder(config.out).claim(config, {})
+        killed.release()  # as the system does with a process that is gone
+        folders.Folder(config.out).claim(config, {})
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.fixture

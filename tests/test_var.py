@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from released_files import shapes
+from tokenflow.cli import main
 from tokenflow.models import VAR, VQVAE, checkpoint, var, vqvae
 from tokenflow.models.model import Model
 
@@ -169,6 +170,13 @@ def test_saved_and_read_again(tmp_path, capsys):
     assert type(again) is VAR and again.config == model.config
     labels, inputs = torch.tensor([1]), torch.randn(1, 13, 4)
     assert torch.equal(again(labels, inputs), model(labels, inputs))
+
+
+def test_info_describes_a_transformer_too(tmp_path, capsys):
+    model = VAR(var.Config(depth=1, width=32, heads=2, classes=10, **TOKENS))
+    model.save_pretrained(tmp_path / "var")
+    main(["info", str(tmp_path / "var")])
+    assert "14 an image, 16 codes of 4 channels" in capsys.readouterr().out
 
 
 def test_errors_are_sentences(tmp_path):

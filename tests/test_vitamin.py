@@ -172,6 +172,9 @@ def test_text_tokenizer(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "bare.json"))
     with pytest.raises(ValueError, match="wanted a vocabulary with <|startoftext|>".replace("|", r"\|")):
         TextTokenizer(tmp_path / "bare.json")
+    (tmp_path / "torn.json").write_text('{"version": ')
+    with pytest.raises(ValueError, match=r"TextTokenizer: path: wanted a tokenizer.json, got .*torn.json \("):
+        TextTokenizer(tmp_path / "torn.json")
 
 
 def test_text_tokenizer_without_its_package(monkeypatch, tmp_path):
@@ -189,6 +192,8 @@ def test_text_tokenizer_without_its_package(monkeypatch, tmp_path):
     (lambda: ViTamin((4, 8), 16, depth=1, heads=2)(torch.zeros(1, 3, 16, 20)), r"multiples of 16, got \[1, 3, 16, 20\]"),
     (lambda: TextTower(width=10, heads=4), "heads: wanted a divisor of width 10, got 4"),
     (lambda: TextTower(depth=0), "depth: wanted a positive integer"),
+    (lambda: TextTower(width=8, heads=2, depth=1, vocabulary=20)(torch.tensor([[3, 20]])), "ids: wanted 0 to 19, got 3 to 20"),
+    (lambda: TextTower(width=8, heads=2, depth=1, vocabulary=20)(torch.tensor([[-1, 2]])), "ids: wanted 0 to 19, got -1 to 2"),
 ])  # fmt: skip
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):

@@ -115,7 +115,7 @@ def run_ablation(plan: Plan) -> Path:
         ValueError: the folder holds too few pictures, or the output folder belongs to another run.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
-    pictures = fluent_emoji(plan.cache) if plan.data is None else image_folder(plan.data)
+    pictures = fluent_emoji(plan.cache) if plan.data is None else image_folder(plan.data, without=plan.out)
     variants = VARIANTS | (FURTHER if plan.further else {})
     print(
         f"{len(variants)} tokenizers, {len(pictures.rows('train', 'pair'))} pictures to train each on, "

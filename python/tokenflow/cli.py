@@ -204,7 +204,7 @@ class Info:
     """Say what is installed, and describe a checkpoint, or a trained tokenizer if there is one."""
 
     checkpoint: Annotated[str | None, tyro.conf.Positional] = None
-    """A released checkpoint file, a folder of a tokenizer, or a name on the Hugging Face hub."""
+    """A released checkpoint file, a folder of a tokenizer or a VAR, or a name on the Hugging Face hub."""
     model: str = str(OUT / "tokenizer")
     """Folder of a trained tokenizer, described where no checkpoint is named."""
 

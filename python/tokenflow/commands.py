@@ -20,6 +20,7 @@ from tokenflow.encoding import Running, batches, encode_data_set
 from tokenflow.evaluation.run import Brought, evaluate_data_set
 from tokenflow.files import write_whole
 from tokenflow.models import TokenFlow, Tokenizer, checkpoint
+from tokenflow.models.model import Model
 from tokenflow.report.evaluation import evaluation_page
 from tokenflow.report.pixels import pil_image
 
@@ -32,10 +33,10 @@ EXTRAS = {
 }
 
 
-def open_tokenizer(name: str, *, quiet: bool = True) -> Tokenizer:
+def open_tokenizer(name: str) -> Tokenizer:
     """A tokenizer in a folder of ours, a repository "owner/name" of the hub, or a file of its authors."""
     if Path(name).is_file():
-        return Tokenizer.from_checkpoint(name, quiet=quiet)
+        return Tokenizer.from_checkpoint(name, quiet=True)
     return Tokenizer.from_pretrained(name)
 
 
@@ -97,16 +98,16 @@ def generate(captions: Sequence[str], run_dir: Path, out: Path, *, seed: int, gu
 
 
 def info(name: str, *, required: bool = True) -> None:
-    """Print versions, the kernels' build, optional packages, and the tokenizer's sizes; it may be absent if not `required`."""
+    """Print versions, the kernels' build, optional packages, and a model's sizes; it may be absent if not `required`."""
     print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"tokenflow_ext {json.dumps(tokenflow_ext.build_info(), default=str)}")
     for package, what in EXTRAS.items():
         print(f"{what}: {'installed' if importlib.util.find_spec(package) else 'not installed'} ({package})")
     if Path(name).is_file():
-        open_tokenizer(name, quiet=False)
+        Model.from_checkpoint(name)
         return
     if not required and not Path(name).exists():
         print(f"no trained tokenizer in {name}: tokenflow demo makes one")
         return
-    model = open_tokenizer(name)
+    model = Model.from_pretrained(name)
     print(checkpoint.table({"folder": name, **model.summary(), "config": json.dumps(asdict(model.config))}))

@@ -105,7 +105,8 @@ def run_demo(plan: Plan) -> Path:
 
     plan.out.mkdir(parents=True, exist_ok=True)
     pictures = timed(
-        "reading pictures", lambda: fluent_emoji(plan.cache) if plan.data is None else image_folder(plan.data)
+        "reading pictures",
+        lambda: fluent_emoji(plan.cache) if plan.data is None else image_folder(plan.data, without=plan.out),
     )
     print(
         f"{len(pictures)} pictures, {len(pictures.rows('test'))} of them held out; everything goes to {plan.out}",

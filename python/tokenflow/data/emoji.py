@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -32,11 +34,21 @@ def fluent_emoji(cache_dir: Path) -> Pictures:
         cache_dir: where the tarballs lie, or are put.
 
     Raises:
-        Missing: npm is missing or could not fetch a package; one sentence that names a way out.
+        Missing: npm is missing or could not fetch a package, or a tarball is torn; one sentence that names a way out.
 
     Source: the npm packages @lobehub/fluent-emoji-3d (MIT) and unicode-emoji-json (MIT).
     """
     pictures, names = (fetch(package, cache_dir) for package in PACKAGES)
+    try:
+        return _read(pictures, names)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise Missing(
+            f"the pictures in {cache_dir} are torn ({error}): remove that folder's *.tgz, or {OR_A_FOLDER}"
+        ) from error
+
+
+def _read(pictures: Path, names: Path) -> Pictures:
+    """The pictures of two tarballs."""
     with tarfile.open(names) as tar:
         table = json.load(tar.extractfile("package/data-by-emoji.json"))
     known = {strip_selector(map(ord, emoji)): entry for emoji, entry in table.items()}
@@ -84,10 +96,14 @@ def fetch(package: str, cache_dir: Path) -> Path:
             "the default pictures come from an npm package and npm is not on the PATH: install npm, or " + OR_A_FOLDER
         )
     cache_dir.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([npm, "pack", "--silent", package], cwd=cache_dir, capture_output=True, text=True)
-    if done.returncode or not tarball.exists():
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Missing(f"npm could not fetch {package} ({reason}): check the network, or {OR_A_FOLDER}")
+    # npm writes under the final name: what it was killed in must not be taken for the package.
+    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+        done = subprocess.run([npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
+        fetched = Path(folder, tarball.name)
+        if done.returncode or not fetched.exists():
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise Missing(f"npm could not fetch {package} ({reason}): check the network, or {OR_A_FOLDER}")
+        fetched.replace(tarball)
     return tarball
 
 

@@ -78,18 +78,22 @@ class Entry:
 
 
 class DataSet(NamedTuple):
-    """Entries in a fixed order, and a sentence about each shard that could not be read to its end."""
+    """Entries in a fixed order, and a sentence about each folder or shard that could not be read to its end."""
 
     entries: list[Entry]
     broken: list[str]
 
 
-def data_set(path: str | Path) -> DataSet:
+def data_set(path: str | Path, *, without: Path | None = None) -> DataSet:
     """The pictures of a folder or of tar shards.
 
     In a folder, captions come from `captions.csv` (columns file and caption) or from a text file beside the picture (`cat.txt`
     for `cat.jpg`); the first sub-folder's name is the class. Tar files in it are shards: their pictures take their place among
-    the image files, in the order of the paths.
+    the image files, in the order of the paths. Links to folders outside are followed.
+
+    Args:
+        path: the folder, or one shard.
+        without: a folder whose files are left out, such as one that pictures are written to.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
@@ -102,10 +106,10 @@ def data_set(path: str | Path) -> DataSet:
         if path.suffix != ".tar":
             raise ValueError(f"data: path: {WANTED}, got the file {path}")
         return DataSet(*tar_entries(path, path.name))
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    files, broken = _files(path, without)
     listed = read_captions(path / CAPTION_FILE)
     texts = {file.with_suffix("") for file in files if file.suffix == ".txt"}
-    entries, broken = [], []
+    entries = []
     for file in files:
         key = printable(file.relative_to(path).as_posix())
         if file.suffix == ".tar":
@@ -115,9 +119,34 @@ def data_set(path: str | Path) -> DataSet:
         elif file.suffix.lower() in SUFFIXES:
             caption = listed.get(key) or listed.get(file.name) or ""
             if not caption and file.with_suffix("") in texts:
-                caption = file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
+                try:
+                    caption = file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
+                except OSError as error:
+                    broken.append(f"{key}: its caption cannot be read ({error.strerror})")
             entries.append(Entry(key, str(file), group=_first_folder(key), caption=caption))
     return DataSet(entries, broken)
+
+
+def _files(path: Path, without: Path | None) -> tuple[list[Path], list[str]]:
+    """The files below a folder but for those of another in order, and a sentence about each folder in it that cannot be read.
+
+    A link to a folder is followed once, unless that folder lies in the tree already, or around it.
+    """
+    inside = lambda a, b: f"{a}{os.sep}".startswith(f"{b}{os.sep}")  # noqa: E731
+    root, broken = os.path.realpath(path), []
+    files, seen = [], {root, *([] if without is None else [os.path.realpath(without)])}
+    unread = lambda error: broken.append(f"{printable(os.path.relpath(error.filename, path))}: {error.strerror}")  # noqa: E731
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=unread):
+        files += [Path(folder, name) for name in names]
+        followed = []
+        for name in sorted(folders):
+            place = os.path.realpath(os.path.join(folder, name))
+            known = os.path.islink(os.path.join(folder, name)) and (inside(place, root) or inside(root, place))
+            if place not in seen and not known:
+                seen.add(place)
+                followed.append(name)
+        folders[:] = followed
+    return sorted(files), broken
 
 
 def tar_entries(path: Path, name: str) -> tuple[list[Entry], list[str]]:
@@ -126,8 +155,8 @@ def tar_entries(path: Path, name: str) -> tuple[list[Entry], list[str]]:
     trouble = []
     captions: dict[str, str] = {}
     groups: dict[str, str] = {}
-    with path.open("rb") as handle:
-        try:
+    try:
+        with path.open("rb") as handle:
             with tarfile.open(fileobj=handle, mode="r:") as tar:
                 for member in tar:
                     if not member.isreg() or member.issparse():
@@ -143,8 +172,9 @@ def tar_entries(path: Path, name: str) -> tuple[list[Entry], list[str]]:
             handle.seek(end)
             if handle.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("broken header")
-        except (tarfile.TarError, OSError) as error:
-            trouble.append(f"{name}: broken behind {len(members)} pictures ({error})")
+    except (tarfile.TarError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        trouble.append(f"{name}: broken behind {len(members)} pictures ({reason})")
     entries = [
         Entry(
             printable(f"{name}/{member.name}"),

@@ -15,7 +15,7 @@ FEWEST = 32
 FEWEST_CAPTIONS = 10
 
 
-def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
+def image_folder(path: Path, *, fewest: int = FEWEST, without: Path | None = None) -> Pictures:
     """Read every image below `path` (or in its tar shards, see `data_set`), broken ones left out and named in `skipped`.
 
     A picture without a caption is captioned by its file name ("red_apple-03.png" -> "red apple"). Pictures of one caption
@@ -25,12 +25,13 @@ def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
     Args:
         path: the folder.
         fewest: the fewest readable pictures that make sense for training.
+        without: see `data_set`.
 
     Raises:
         FileNotFoundError: the folder is missing.
         ValueError: it is not a folder, holds fewer than `fewest` readable pictures, or captions.csv has other columns.
     """
-    entries, skipped = data_set(path)
+    entries, skipped = data_set(path, without=without)
     images, read = [], []
     for entry in tqdm(entries, desc="reading pictures", unit="picture"):
         try:
@@ -51,6 +52,15 @@ def image_folder(path: Path, *, fewest: int = FEWEST) -> Pictures:
 
 
 def bases_of(entries: Sequence[Entry]) -> list[str]:
-    """What is held out together: the pictures of one caption, or where there are fewer than ten captions ("IMG_0001.jpg"), each."""
+    """What is held out together: the pictures of one caption.
+
+    Each picture is its own where there are fewer than ten captions ("IMG_0001.jpg"), and in a class that has one caption for
+    all, as ImageNet's files do ("n01440764/n01440764_18.JPEG"): nothing of that class could be held out otherwise.
+    """
     captions = [entry.text for entry in entries]
-    return captions if len(set(captions)) >= FEWEST_CAPTIONS else [entry.key for entry in entries]
+    if len(set(captions)) < FEWEST_CAPTIONS:
+        return [entry.key for entry in entries]
+    said: dict[str, set[str]] = {}
+    for entry, caption in zip(entries, captions, strict=True):
+        said.setdefault(entry.group, set()).add(caption)
+    return [e.key if len(said[e.group]) == 1 else c for e, c in zip(entries, captions, strict=True)]

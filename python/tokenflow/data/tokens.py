@@ -84,11 +84,21 @@ def start(folder: Path, manifest: dict[str, Any], rank: int = 0) -> None:
     path = folder / MANIFEST
     if not path.exists():
         write_whole(path, json.dumps(manifest, indent=2) + "\n", writer=f".{rank}")
-    before = json.loads(path.read_text())
+    before = _manifest(path)
     other = [name for name in manifest if manifest[name] != before.get(name)]
     if other:
         changes = ", ".join(f"{name} {manifest[name]} instead of {before.get(name)}" for name in other)
         raise ValueError(f"encode: out: wanted a new folder or that of the same run, got {folder} with {changes}")
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"tokens: wanted the {MANIFEST} of tokenflow encode, got {path} ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"tokens: wanted the {MANIFEST} of tokenflow encode, got {path} with other things in it")
+    return found
 
 
 def read_tokens(folder: str | Path) -> Iterator[Shard]:
@@ -96,6 +106,7 @@ def read_tokens(folder: str | Path) -> Iterator[Shard]:
 
     Raises:
         FileNotFoundError: the folder holds no tokens, or shards are missing because the run has not ended.
+        ValueError: its encode.json is another file.
 
     Example:
         for shard in read_tokens("runs/tokens"):
@@ -106,8 +117,12 @@ def read_tokens(folder: str | Path) -> Iterator[Shard]:
         raise FileNotFoundError(
             f"read_tokens: folder: wanted one that tokenflow encode wrote, got {folder} without {MANIFEST}"
         )
-    manifest = json.loads((folder / MANIFEST).read_text())
-    paths = [shard_path(folder, number) for number in range(manifest["shards"])]
+    shards = _manifest(folder / MANIFEST).get("shards")
+    if type(shards) is not int:
+        raise ValueError(
+            f"tokens: wanted the {MANIFEST} of tokenflow encode, got that of {folder} without a number of shards"
+        )
+    paths = [shard_path(folder, number) for number in range(shards)]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise FileNotFoundError(

@@ -71,7 +71,9 @@ class ProbeMeter:
         if not self.rows:
             return []
         groups, split = zip(*(self.about[row] for row in self.rows), strict=True)
-        train, test = ([i for i, side in enumerate(split) if side == name] for name in ("train", "test"))
+        classes = probe_classes(*([g for g, side in zip(groups, split) if side == name] for name in ("train", "test")))
+        taken = [(i, side) for i, (group, side) in enumerate(zip(groups, split)) if group in classes]
+        train, test = ([i for i, side in taken if side == name] for name in ("train", "test"))
         found = []
         for name in self.found[0]:
             x = torch.cat([part[name] for part in self.found])

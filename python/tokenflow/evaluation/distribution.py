@@ -114,8 +114,8 @@ def kid(x: Tensor, y: Tensor, *, block: int = BLOCK) -> tuple[float, float | Non
 
         1 / (n (n - 1)) sum over i != j of  k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i)
 
-    The mean over disjoint random blocks of about `block` pictures; the error is that of this mean, None for one block. A
-    picture is never compared with its own reconstruction (i = j), because those two are not independent.
+    The mean over disjoint random blocks of at least `block` pictures, where there are as many; the error is that of this mean,
+    None for one block. A picture is never compared with its own reconstruction (i = j), because those two are not independent.
 
     Raises:
         ValueError: fewer than two rows, other shapes, or values that are not finite.
@@ -126,9 +126,14 @@ def kid(x: Tensor, y: Tensor, *, block: int = BLOCK) -> tuple[float, float | Non
     if len(x) != len(y):
         raise ValueError(f"kid: y: wanted as many rows as x, {len(x)}, got {len(y)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    values = torch.stack([_mmd(x[rows], y[rows]) for rows in order.tensor_split(max(1, len(x) // block))])
+    values = torch.stack([_mmd(x[rows], y[rows]) for rows in order.tensor_split(blocks(len(x), block))])
     error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
     return float(values.mean()), error
+
+
+def blocks(count: int, block: int = BLOCK) -> int:
+    """How many blocks of `block` to almost twice as many rows `kid` makes of `count` rows."""
+    return max(1, count // block)
 
 
 def _mmd(x: Tensor, y: Tensor) -> Tensor:
@@ -181,7 +186,9 @@ class _Kernel:
         originals, images = torch.stack(self.pairs, 1)
         value, error = kid(originals, images)
         some = f" of a random {KEPT} of the pictures" if self.count > KEPT else ""
-        return Measure(name, value, f"{protocol}, blocks of {min(len(self.pairs), BLOCK)}{some}", digits=5, error=error)
+        number = blocks(len(self.pairs))
+        how = f"{number} block{'s' * (number > 1)} of {len(self.pairs) // number}"
+        return Measure(name, value, f"{protocol}, {how}{some}", digits=5, error=error)
 
 
 class DistributionMeter:

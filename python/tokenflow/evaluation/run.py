@@ -26,6 +26,7 @@ from tokenflow.evaluation.reconstruction import psnr
 from tokenflow.evaluation.ssim import WINDOW, ssim
 from tokenflow.evaluation.usage import UsageMeter
 from tokenflow.evaluation.words import TEMPLATES, WordsMeter
+from tokenflow.losses import perceptual, st_lpips
 from tokenflow.losses.perceptual import LPIPS
 from tokenflow.losses.st_lpips import STLPIPS
 from tokenflow.models import Tokenizer, UniTok
@@ -130,13 +131,21 @@ def meters(
         found.append(
             PairMeter("SSIM, range 2 as published", authors, f"range 2 on values in [0, 1], else the same, {FLOAT}")
         )
-    perceptual: dict[str, nn.Module | None] = {
-        "LPIPS (VGG16)": LPIPS.from_files(*brought.lpips) if brought.lpips else None,
-        "ST-LPIPS (AlexNet)": STLPIPS.installed(),
-    }
-    ways = ("--lpips TRUNK HEADS", "pip install --no-deps stlpips-pytorch")
-    for (name, metric), way in zip(perceptual.items(), ways, strict=True):
-        if metric is None:
+    else:
+        missing.append(f"SSIM: needs sides of at least {WINDOW}")
+    distances: list[tuple[str, nn.Module | None, int, str]] = [
+        (
+            "LPIPS (VGG16)",
+            LPIPS.from_files(*brought.lpips) if brought.lpips else None,
+            perceptual.SMALLEST,
+            "--lpips TRUNK HEADS",
+        ),
+        ("ST-LPIPS (AlexNet)", STLPIPS.installed(), st_lpips.SMALLEST, "pip install --no-deps stlpips-pytorch"),
+    ]
+    for name, metric, smallest, way in distances:
+        if min(size) < smallest:
+            missing.append(f"{name}: needs sides of at least {smallest}")
+        elif metric is None:
             missing.append(f"{name}: {way}")
         else:
             found.append(PairMeter(name, metric.to(device), FLOAT))

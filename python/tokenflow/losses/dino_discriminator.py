@@ -194,7 +194,7 @@ def dinov2_tower(folder: str | Path, blocks: Sequence[int] = BLOCKS) -> Dinov2To
 
     Raises:
         Missing: no such folder, or transformers is not installed.
-        ValueError: blocks that the model does not have.
+        ValueError: blocks that the model does not have, a broken file, or the weights of another model.
 
     Example:
         >>> dinov2_tower("nowhere")  # doctest: +ELLIPSIS
@@ -210,4 +210,16 @@ def dinov2_tower(folder: str | Path, blocks: Sequence[int] = BLOCKS) -> Dinov2To
         raise Missing("the discriminator's DINOv2 needs transformers: pip install transformers")
     from transformers import Dinov2Model
 
-    return Dinov2Tower(Dinov2Model.from_pretrained(folder, local_files_only=True), blocks)
+    try:
+        model, loaded = Dinov2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # safetensors' and torch's errors have no common type
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"dinov2_tower: folder: wanted the weights of a DINOv2, got {folder} ({reason})") from error
+    # What a file lacks is drawn at random by transformers. The token of masked patches is never read.
+    missing = sorted({*loaded["missing_keys"]} - {"embeddings.mask_token"})
+    if missing:
+        raise ValueError(
+            f"dinov2_tower: folder: wanted the weights of a DINOv2, got {folder} without {len(missing)} of its tensors, "
+            f"such as {missing[0]}"
+        )
+    return Dinov2Tower(model.float(), blocks)

@@ -22,6 +22,8 @@ PACKAGE = "stlpips_pytorch"
 WEIGHTS = Path("weights") / "vST0.0" / "alex_shift_tolerant.pth"
 CONVOLUTIONS = ("slice1.0", "slice2.5", "slice3.9", "slice4.11", "slice5.13")
 PADDING = (2, 2, 1, 1, 1)
+SMALLEST = 21
+"""Side below which the last blur has too little to reflect."""
 
 
 def weights_path() -> Path | None:
@@ -58,7 +60,13 @@ class STLPIPS(nn.Module):
         return None if path is None else cls(torch.load(path, map_location="cpu", weights_only=True)).eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances [B] of a and b [B, 3, H, W] in [-1, 1]."""
+        """Distances [B] of a and b [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            ValueError: a side below 21.
+        """
+        if min(a.shape[2:]) < SMALLEST:
+            raise ValueError(f"ST-LPIPS: a: wanted sides of at least {SMALLEST}, got {list(a.shape[2:])}")
         # One call for both would send gradients through originals, which nobody asks for.
         with torch.set_grad_enabled(torch.is_grad_enabled() and b.requires_grad):
             wanted = [F.normalize(feature.float(), dim=1, eps=1e-10) for feature in self.features(b)]

@@ -22,12 +22,19 @@ ABOUT = "tokenflow"
 
 
 def save(folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all."""
+    """Write both files, each whole or not at all.
+
+    Raises:
+        OSError: one cannot be written, such as on a full disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / CONFIG, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     with replacing(folder / WEIGHTS) as temporary:
         tensors = {name: value.contiguous() for name, value in state.items()}
-        save_file(tensors, temporary, {ABOUT: json.dumps(description, ensure_ascii=False)})
+        try:
+            save_file(tensors, temporary, {ABOUT: json.dumps(description, ensure_ascii=False)})
+        except SafetensorError as error:
+            raise OSError(f"save_pretrained: {folder / WEIGHTS} could not be written ({error})") from error
 
 
 def load(folder: Path, *, caller: str = "from_pretrained: name") -> tuple[dict[str, Any], dict[str, Tensor]]:

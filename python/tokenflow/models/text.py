@@ -111,13 +111,16 @@ class TextTower(nn.Module):
 
         Raises:
             TypeError: ids are no integers.
-            ValueError: another shape.
+            ValueError: another shape, or on the CPU ids that are no words.
         """
         context = len(self.positional_embedding)
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"TextTower: ids: wanted integers, got {ids.dtype}")
         if ids.dim() != 2 or not 1 <= ids.shape[1] <= context:
             raise ValueError(f"TextTower: ids: wanted [B, L] with L in 1..{context}, got {list(ids.shape)}")
+        words = self.token_embedding.num_embeddings
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words:
+            raise ValueError(f"TextTower: ids: wanted 0 to {words - 1}, got {int(ids.min())} to {int(ids.max())}")
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         for block in self.transformer["resblocks"]:
             x = block(x)
@@ -134,6 +137,7 @@ class TextTokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: the file is no vocabulary, or lacks the words that begin and end a caption.
         tokenflow.errors.Missing: the package `tokenizers` is not installed.
     """
 
@@ -146,7 +150,10 @@ class TextTokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
             raise FileNotFoundError(f"TextTokenizer: path: wanted a tokenizer.json, got {path}, which does not exist")
-        self.tokenizer, self.context = Tokenizer.from_file(str(path)), context
+        try:
+            self.tokenizer, self.context = Tokenizer.from_file(str(path)), context
+        except Exception as error:  # the package has no type of its own for it
+            raise ValueError(f"TextTokenizer: path: wanted a tokenizer.json, got {path} ({error})") from error
         self.start, self.end = (self.tokenizer.token_to_id(token) for token in (START, END))
         if self.start is None or self.end is None:
             raise ValueError(f"TextTokenizer: path: wanted a vocabulary with {START} and {END}, got {path} without")

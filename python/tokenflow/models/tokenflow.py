@@ -146,6 +146,10 @@ class TokenFlow(MultiScaleTokenizer):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = self.config
+        if c.pixel_dim < 0:
+            raise ValueError(f"TokenFlow: pixel_dim: wanted 0 or more, got {c.pixel_dim}")
+        if c.tower is None and (not isinstance(c.widths, (tuple, list)) or len(c.widths) != 3):
+            raise ValueError(f"TokenFlow: widths: wanted three numbers, got {c.widths}")
         read = c.pixel_dim or c.semantic_dim
         if c.tower is None:
             side, (_, b, w) = c.scales[-1], c.widths
@@ -214,6 +218,8 @@ class TokenFlow(MultiScaleTokenizer):
     @classmethod
     def grid_of(cls, config: Config, image_size: tuple[int, int]) -> tuple[int, int]:
         if config.tower is None:
+            if type(config.scales[-1]) is not int or config.scales[-1] % 2:
+                raise ValueError(f"TokenFlow: scales: wanted an even side at the end, got {config.scales}")
             side = 4 * config.scales[-1]
             if image_size != (side, side):
                 raise ValueError(f"TokenFlow: image_size: wanted {side}, the size of this model, got {image_size}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -37,7 +37,8 @@ def parse(arguments: Sequence[str]) -> Train:
         from tokenflow.training.folder import read_config
 
         folder = Path(arguments[1])
-        config = read_config(folder)
+        # The folder may have moved, or is named from another place, since it wrote its own name down.
+        config = replace(read_config(folder), out=folder)
         return Train(
             tyro.cli(Config, default=config, prog=f"{prog} {RESUME} {folder}", args=arguments[2:], config=options)
         )

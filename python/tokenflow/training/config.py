@@ -230,6 +230,8 @@ class Config:
         o, log, p = self.optimizer, self.log, self.picture
         least = {"steps": 1, "batch": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "keep": 1, "pictures": 1}
         least |= {"workers": 0, "pictures_every": 0, "perceptual_pictures": 0}
+        if self.seed < 0:
+            raise ValueError(f"train: seed: wanted a number >= 0, got {self.seed}")
         for group in (o, log, p, self.loss, self.adversary):
             for f in fields(group):
                 value = getattr(group, f.name)
@@ -243,12 +245,8 @@ class Config:
               for b in (getattr(o, n, None) or getattr(self.adversary, n))),
         ):  # fmt: skip
             if not low <= value <= high:
-                raise ValueError(f"train: {name}: wanted a number in [{low}, {high:g}], got {value}")
-        for name, unable in (("shard", o.shard), ("precision float16", o.precision == "float16")):
-            if o.matrix_rate and unable:
-                raise ValueError(
-                    f"train: matrix_rate: wanted 0 with {name}, got {o.matrix_rate}: Muon takes whole matrices and unscaled gradients"
-                )
+                end = "1)" if high < 1 else "1]"
+                raise ValueError(f"train: {name}: wanted a number in [{low}, {end}, got {value}")
 
 
 def as_json(config: Any) -> str:

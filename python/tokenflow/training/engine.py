@@ -83,6 +83,11 @@ def _accelerated(config: Config) -> Iterator[Accelerator]:
         raise ValueError(
             f"train: shard: wanted several ranks (torchrun) in float32 or bfloat16, got {world} in {o.precision}"
         )
+    if o.matrix_rate and (o.shard or o.precision == "float16"):
+        raise ValueError(
+            f"train: matrix_rate: wanted 0 with {'--shard' if o.shard else 'float16'}, got {o.matrix_rate}: Muon takes whole "
+            "matrices and unscaled gradients"
+        )
     # Its state is the process's and outlives a run, which another precision in the next one would not.
     AcceleratorState._reset_state()
     # Every parameter that trains gets a gradient in every pass, and buffers are equal on all ranks by themselves.
@@ -120,6 +125,10 @@ class _Run:
     def go(self) -> Path:
         try:
             self._restore()
+            if (
+                self.done >= self.config.optimizer.steps
+            ):  # perhaps killed between its last checkpoint and the model's folder
+                self._write_model()
             self._train()
         finally:
             self.folder.release()
@@ -237,6 +246,11 @@ class _Run:
         with self._finished_weights() as model:
             if self.first_rank:
                 self._write(state, model, must)
+
+    def _write_model(self) -> None:
+        with self._finished_weights() as model:
+            if self.first_rank:
+                model.save_pretrained(self.folder.path / "model")
 
     def _write(self, state: dict[str, Any], model: Tokenizer, must: bool) -> None:
         try:

@@ -6,6 +6,7 @@ config.json  log.jsonl  checkpoints/step-00001000.pt  model/  pictures/step-0000
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -66,7 +67,9 @@ class Folder:
             import fcntl
         except ImportError:  # Windows
             return
-        self._lock = (self.path / "lock").open("w")
+        self._lock = lock = (self.path / "lock").open("w")
+        # The processes that read pictures outlive a killed run by seconds, in which the same command must be able to go on.
+        os.register_at_fork(after_in_child=lock.close)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,8 +56,7 @@ class Monitor:
             with bar:
                 yield bar
         finally:
-            if self.writer is not None:
-                self.writer.close()
+            self._write(lambda writer: writer.close())
 
     def scalars(self, step: int, values: Mapping[str, float], bar: tqdm) -> None:
         """One line of the log."""
@@ -66,9 +65,8 @@ class Monitor:
         bar.set_postfix_str(", ".join(f"{n} {values[n]:.3g}" for n in ON_THE_BAR if n in values), refresh=False)
         with _spared("the log"):
             self.folder.append({"step": step, **values})
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._write(lambda writer: writer.add_scalar(name, value, step))
 
     @torch.no_grad()
     def grid(self, step: int, model: Tokenizer, samples: Tensor) -> None:
@@ -90,8 +88,18 @@ class Monitor:
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as temporary:
                 pil_image(sheet).save(temporary, "PNG")
-        if self.writer is not None:
-            self.writer.add_image("original above reconstruction", sheet.add(1).div(2).clamp(0, 1), step)
+        picture = sheet.add(1).div(2).clamp(0, 1)
+        self._write(lambda writer: writer.add_image("original above reconstruction", picture, step))
+
+    def _write(self, call: Callable[[Any], None]) -> None:
+        """What tensorboard's thread could not write, it raises in the next call, and in every one from then on."""
+        if self.writer is None:
+            return
+        try:
+            call(self.writer)
+        except OSError as error:
+            self.writer = None
+            tell(f"tensorboard's files could not be written ({error}); the run goes on without them")
 
 
 @contextlib.contextmanager

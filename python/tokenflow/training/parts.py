@@ -37,7 +37,12 @@ def build_model(config: Config) -> Tokenizer:
     if config.preset not in owners:
         raise ValueError(f"train: preset: wanted one of {', '.join(owners)}, got {config.preset!r}")
     kind = owners[config.preset]
-    model = kind(_changed(kind, kind.presets[config.preset], config.model))
+    try:
+        model = kind(_changed(kind, kind.presets[config.preset], config.model))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"train: model: wanted sizes that a {kind.__name__} can have, got {' '.join(config.model)} ({error})"
+        ) from error
     quantizer = getattr(model.quantizer, "quantizer", model.quantizer)
     quantizer.entropy_weight, quantizer.entropy_temperature = config.loss.entropy, config.loss.entropy_temperature
     if config.tune == "decoder" and config.start is None:

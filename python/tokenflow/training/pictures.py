@@ -56,7 +56,8 @@ class TrainingSet:
 
     def __init__(self, config: Config, size: tuple[int, int], context: int | None = None) -> None:
         self.config, self.size = config, size
-        self.entries, self.broken = data_set(config.data)
+        # A run that lies among its pictures writes pictures of its own there.
+        self.entries, self.broken = data_set(config.data, without=config.out)
         batch = config.optimizer.batch
         if len(self.entries) < batch:
             reason = f" ({self.broken[0]})" if self.broken else ""
@@ -101,7 +102,7 @@ class TrainingSet:
             collate_fn=reading.together,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_stopping,
         )
         for batch in loader:
             if batch.failure:
@@ -119,10 +120,11 @@ class TrainingSet:
         return torch.stack(found) if found else torch.zeros(0, 3, *self.size, dtype=torch.uint8)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; when to stop is the training process's to say."""
+def _leave_stopping(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal, and SIGTERM every process of a job; when to stop is the training process's to
+    say, which saves first. A second SIGTERM ends a worker that hangs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class Place(NamedTuple):

@@ -8,6 +8,7 @@ parameters without dimensions, which FSDP2 does not take; the ranks average thei
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tokenflow.errors import Missing
 from tokenflow.models import Tokenizer
 from tokenflow.training.run import WeightAverage
 
@@ -27,7 +29,13 @@ WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(model: Tokenizer, last_layer: Tensor, device: torch.device) -> None:
-    """Shard the model in place, every block of a stack on its own, so that one at a time is whole."""
+    """Shard the model in place, every block of a stack on its own, so that one at a time is whole.
+
+    Raises:
+        Missing: a torch below 2.7, whose FSDP2 leaves no parameters of choice whole.
+    """
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise Missing(f"train: shard: wanted torch 2.7 or newer, got {torch.__version__}: pip install 'torch>=2.7'")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {last_layer, *model.quantizer.parameters(), *(p for p in model.parameters() if p.dim() == 0)}
     # From the inside out, as FSDP2 wants it.
