@@ -157,6 +157,16 @@ def test_a_finished_run_stays_as_it_is(data, tmp_path):
     assert len(curve(tmp_path / "run")) == 2
 
 
+def test_killed_behind_its_last_checkpoint_the_model_is_still_written(data, tmp_path):
+    config = small("tokenflow-tiny", data, tmp_path / "run", steps=2)
+    train(config)
+    whole = weights(config.out)
+    for file in (config.out / "model").iterdir():
+        file.unlink()
+    train(config)
+    assert all(torch.equal(value, whole[name]) for name, value in weights(config.out).items())
+
+
 def test_checkpoints_that_cannot_be_read_are_passed_over(data, whole, tmp_path, capsys):
     """The newest is cut in half by the file system: the one before it is taken, and the curve stays the same."""
     out = tmp_path / "torn"

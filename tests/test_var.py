@@ -187,6 +187,10 @@ def test_errors_are_sentences(tmp_path):
         model.generate(tokenizer_of((1, 2, 3), 16, dim=4), [6])
     with pytest.raises(ValueError, match="inputs: wanted"):
         model(torch.tensor([1]), torch.zeros(1, 3, 4))
+    with pytest.raises(ValueError, match="labels: wanted 0 to 4, or 5 for none, got .6."):
+        model(torch.tensor([6]), torch.zeros(1, 13, 4))
+    with pytest.raises(TypeError, match="labels: wanted integers, got torch.float32"):
+        model(torch.tensor([1.5]), torch.zeros(1, 13, 4))
     with pytest.raises(ValueError, match="top_p: wanted"):
         model.generate(tokenizer_of((1, 2, 3), 16, dim=4), [1], top_p=0.0)
     with pytest.raises(ValueError, match="divisor of the width"):

@@ -273,8 +273,15 @@ class VAR(Model):
             inputs: [B, L - first, dim], see `inputs`.
 
         Raises:
-            ValueError: other shapes.
+            TypeError: labels that are no integers.
+            ValueError: other shapes, or, on the CPU, a label outside of [0, classes].
         """
+        classes = self.config.classes
+        if labels.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"VAR: labels: wanted integers, got {labels.dtype}")
+        # On a GPU the look at the values would wait for it.
+        if labels.is_cpu and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
+            raise ValueError(f"VAR: labels: wanted 0 to {classes - 1}, or {classes} for none, got {labels.tolist()}")
         want = [len(labels), sum(self.lengths[1:]), self.config.dim]
         if list(inputs.shape) != want:
             raise ValueError(f"VAR: inputs: wanted {want}, got {list(inputs.shape)}")
