@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ class Folder:
             import fcntl
         except ImportError:  # Windows
             return
-        self._lock = lock = (self.path / "lock").open("w")
+        self._lock = (self.path / "lock").open("w")
         # The processes that read pictures outlive a killed run by seconds, in which the same command must be able to go on.
-        os.register_at_fork(after_in_child=lock.close)
+        # What is registered stays for ever, and must not keep the lock of a run that failed.
+        held = weakref.ref(self._lock)
+        os.register_at_fork(after_in_child=lambda: None if held() is None else held().close())
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
