@@ -118,8 +118,8 @@ class TextTower(nn.Module):
             raise TypeError(f"TextTower: ids: wanted integers, got {ids.dtype}")
         if ids.dim() != 2 or not 1 <= ids.shape[1] <= context:
             raise ValueError(f"TextTower: ids: wanted [B, L] with L in 1..{context}, got {list(ids.shape)}")
-        words = self.token_embedding.num_embeddings
-        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words:
+        words, looking = self.token_embedding.num_embeddings, ids.is_cpu and not torch.compiler.is_compiling()
+        if looking and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words:
             raise ValueError(f"TextTower: ids: wanted 0 to {words - 1}, got {int(ids.min())} to {int(ids.max())}")
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         for block in self.transformer["resblocks"]:

@@ -280,12 +280,8 @@ class VAR(Model):
         if labels.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"VAR: labels: wanted integers, got {labels.dtype}")
         # On a GPU the look at the values would wait for it.
-        if (
-            labels.is_cpu
-            and labels.numel()
-            and not torch.compiler.is_compiling()
-            and not 0 <= int(labels.min()) <= int(labels.max()) <= classes
-        ):
+        looking = labels.is_cpu and not torch.compiler.is_compiling()
+        if looking and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
             raise ValueError(f"VAR: labels: wanted 0 to {classes - 1}, or {classes} for none, got {labels.tolist()}")
         want = [len(labels), sum(self.lengths[1:]), self.config.dim]
         if list(inputs.shape) != want:
