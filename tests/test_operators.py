@@ -241,3 +241,18 @@ def test_absent_results_are_empty_where_a_schema_forbids_none():
     assert QUANTIZE(*arguments)[3:] == (None,) * 4
     assert [o.numel() for o in QUANTIZE.op(*arguments)[3:]] == [0] * 4
     assert _operator.LIBRARY.ns == "tokenflow_ext"
+
+
+@pytest.mark.parametrize("through", ["dual", "jvp"])
+def test_forward_mode_is_refused_where_no_gradient_is_wanted_too(through):
+    """Kernels know no tangents: a derivative of zero would be wrong without a word."""
+    x, codebook = normal(9, 6, seed=1), normal(12, 6, seed=2)
+    with pytest.raises(RuntimeError, match="quantize: it has a backward and no jvp"):
+        if through == "jvp":
+            torch.func.jvp(lambda x: ops.quantize(x, codebook, backend="native").loss, (x,), (x,))
+        with forward_ad.dual_level():
+            ops.quantize(forward_ad.make_dual(x, x), codebook, backend="native")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert torch.equal(ops.nearest_code(dual, codebook), ops.nearest_code(x, codebook))
+        assert torch.equal(ops.normalize_rows(codebook), ops.normalize_rows(codebook))
