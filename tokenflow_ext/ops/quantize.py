@@ -28,7 +28,7 @@ def _quantize(
         x, codebook, tables_of(widths, weights, metric), commitment_weight + codebook_weight, quantized, indices, loss,
         searched, code_rows, code_norms, *where,
     )  # fmt: skip
-    warn_non_finite("quantize", bad)
+    warn_non_finite("shared_quantize" if len(widths) > 1 else "quantize", bad)
     if statistics != NOTHING:
         core.code_statistics(x if sums is None else searched, indices, counts, sums, *quietly(where))
     return outputs
