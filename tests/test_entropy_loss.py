@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenflow_ext import reference
-from tokenflow_ext.ops import entropy_loss
+from tokenflow_ext.ops import entropy_loss, nearest_code
 from tokenflow_ext.quantize import MultiScaleQuantizer, SharedIndexQuantizer, VectorQuantizer
 
 SHAPES = [(1, 1, 1), (7, 1, 3), (67, 33, 1), (130, 100, 8), (300, 1500, 40)]
@@ -207,6 +207,19 @@ def test_entropies_have_their_bounds(rows, codes, width, metric, temperature, sc
 def test_equal_codes_are_as_unsure_as_it_gets():
     first, second = entropy_loss(normal(50, 4), torch.ones(64, 4), metric="l2", temperature=0.01, eps=0.0)
     assert_near(torch.stack([first, second]), torch.full((2,), 64.0).log(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("temperature", [1e-8, 1e-12, 1e-20, 1e-30])
+def test_a_temperature_that_leaves_one_code_each(temperature, metric, dtype):
+    """Logits of 1e9 and more, whose spacing is wider than what may be left out of a softmax: p is the one-hot of the search."""
+    x, codebook = normal(300, 16, seed=1, dtype=dtype), normal(100, 16, seed=2, dtype=dtype)
+    ids = nearest_code(x, codebook, metric=metric)
+    first, second = entropy_loss(x, codebook, metric=metric, temperature=temperature, backend="native")
+    share = torch.bincount(ids, minlength=100).double() / 300
+    assert first == 0
+    assert_near(second, -(share * (share + 1e-5).log()).sum(), 1e-6)
 
 
 def test_second_derivative_raises():

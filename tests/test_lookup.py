@@ -210,11 +210,9 @@ SHARED_BAD = {
 def test_bad_input_of_shared_tables(case):
     argument, error, change = SHARED_BAD[case]
     arguments = {"indices": IDS, "codebooks": (CODES, CODES), "backend": "native", **change}
-    # Values are met inside the operator that reads them, which is lookup.
-    op = "lookup" if case == "outside" else "shared_lookup"
     assert_sentence(
         error,
-        op,
+        "shared_lookup",
         argument,
         lambda: ops.shared_lookup(arguments.pop("indices"), arguments.pop("codebooks"), **arguments),
     )

@@ -50,6 +50,7 @@ def phi(**change):
 WRONG = {
     VectorQuantizer: {"dim": COUNT, "groups": COUNT, "normalize_mean": FLAG, **COMMON},
     SharedIndexQuantizer: {
+        "groups": (COUNT[0], [*COUNT[1], 2]),
         "dims": (
             [12, "84", None, torch.tensor([8, 4]), {8, 4}, (True, 4), (8, "4"), (8, 4.0), (8, None)],
             [(), (8, 0), (8, -4), (1,) * 17],
@@ -79,6 +80,7 @@ WRONG = {
         "loss_on": NAME,
         "normalize_codes": ([1, "yes", 0.0, TENSOR], []),
         "scale_dropout": SHARE,
+        "backend": ([], [name for name in NAME[1] if name is not None]),
         "scale_weights": (
             [1.0, "111", {1.0, 2.0, 3.0}, (1.0, 1.0, "1"), (1.0, None, 1.0), (True, 1.0, 1.0)],
             [(), (1.0, 1.0), (1.0, -1.0, 1.0), (1.0, NAN, 1.0), (INF, 1.0, 1.0), (0.0, 0.0, 0.0)],
@@ -140,6 +142,19 @@ def test_arguments_that_do_not_fit_each_other():
         ValueError, "MultiScaleQuantizer", "normalize_codes", MultiScaleQuantizer, inner, SCALES, normalize_codes=True
     )
     refuses(ValueError, "MultiScaleQuantizer", "phi", MultiScaleQuantizer, inner, SCALES, phi=phi(), loss_on="codes")
+
+
+def test_a_backend_of_the_pyramid_is_the_quantizers_too(monkeypatch):
+    made = MultiScaleQuantizer(VectorQuantizer(12, 40, backend="native"), SCALES, backend="reference")
+    asked = []
+    monkeypatch.setattr("tokenflow_ext.ops.multiscale.use_native", lambda op, backend, *_: asked.append(backend))
+    made(features("multi"))
+    assert set(asked) == {"reference"} and made.quantizer.backend == "reference"
+    inner = VectorQuantizer(12, 40, backend="native")
+    refuses(
+        ValueError, "MultiScaleQuantizer", "loss_on", MultiScaleQuantizer, inner, SCALES, loss_on="x", backend="auto"
+    )
+    assert MultiScaleQuantizer(inner, SCALES).quantizer.backend == "native"
 
 
 @pytest.mark.parametrize("argument", ["dead_code_threshold", "commitment_weight", "decay", "entropy_eps"])

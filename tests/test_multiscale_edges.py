@@ -299,6 +299,9 @@ def test_bad_ids(backend):
         assert_sentence(ValueError, op, "indices", call, ids[:, :20])
         assert_sentence(ValueError, op, "indices", call, ids[0])
     assert_sentence(ValueError, "multiscale_rows", "indices", calls["multiscale_rows"], ids[:1])
+    for name in ("commitment_weight", "codebook_weight"):
+        options = {"scales": scales, "backend": backend, name: -1.0}
+        assert_sentence(ValueError, "multiscale_rows", name, ops.multiscale_rows, x, ids, tables, **options)
     assert_sentence(ValueError, "multiscale_rows", "indices", calls["multiscale_rows"], ids[:, :5])
     op, function = "multiscale_inputs", ops.multiscale_inputs
     assert_sentence(ValueError, op, "rule", function, ids, tables, scales=scales, size=4, rule="grow", backend=backend)

@@ -273,6 +273,7 @@ BAD = [
     ("window", ValueError, {"window": (0, 3, 5)}),
     ("window", TypeError, {"window": 3}),
     ("window", TypeError, {"window": (0.5, 3)}),
+    ("return_scores", TypeError, {"return_scores": 1}),
     ("backend", ValueError, {"backend": "gpu"}),
 ]
 

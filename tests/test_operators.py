@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import leaves, normal, same_bits
+from harness import assert_sentence, leaves, normal, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -182,8 +182,15 @@ def test_tensors_that_stand_for_zeros_are_read_as_zeros():
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
 def test_other_layouts_are_refused(layout):
-    with pytest.raises(RuntimeError):
-        ops.normalize_rows(getattr(normal(9, 6), layout)())
+    x, codebook = normal(9, 6), normal(12, 6)
+    other = getattr(x, layout)()
+    assert_sentence(TypeError, "normalize_rows", "x", ops.normalize_rows, other)
+    assert_sentence(TypeError, "nearest_code", "codebook", ops.nearest_code, x, getattr(codebook, layout)())
+    assert_sentence(TypeError, "shared_quantize", "xs[1]", ops.shared_quantize, (x, other), (codebook, codebook))
+    assert_sentence(TypeError, "soft_quantize", "x", ops.soft_quantize, other, codebook, codebook)
+    if layout != "to_mkldnn":
+        ids = getattr(torch.ones(2, 2, dtype=torch.int64), layout)()
+        assert_sentence(TypeError, "lookup", "indices", ops.lookup, ids, codebook)
 
 
 @pytest.mark.filterwarnings("ignore:tokenflow_ext. no kernel was built for meta")
@@ -241,3 +248,18 @@ def test_absent_results_are_empty_where_a_schema_forbids_none():
     assert QUANTIZE(*arguments)[3:] == (None,) * 4
     assert [o.numel() for o in QUANTIZE.op(*arguments)[3:]] == [0] * 4
     assert _operator.LIBRARY.ns == "tokenflow_ext"
+
+
+@pytest.mark.parametrize("through", ["dual", "jvp"])
+def test_forward_mode_is_refused_where_no_gradient_is_wanted_too(through):
+    """Kernels know no tangents: a derivative of zero would be wrong without a word."""
+    x, codebook = normal(9, 6, seed=1), normal(12, 6, seed=2)
+    with pytest.raises(RuntimeError, match="quantize: it has a backward and no jvp"):
+        if through == "jvp":
+            torch.func.jvp(lambda x: ops.quantize(x, codebook, backend="native").loss, (x,), (x,))
+        with forward_ad.dual_level():
+            ops.quantize(forward_ad.make_dual(x, x), codebook, backend="native")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert torch.equal(ops.nearest_code(dual, codebook), ops.nearest_code(x, codebook))
+        assert torch.equal(ops.normalize_rows(codebook), ops.normalize_rows(codebook))

@@ -208,6 +208,14 @@ def test_a_bad_channel_in_one_table_spoils_the_row(backend):
         assert_near(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("op", ["shared_nearest_code", "shared_quantize"])
+def test_the_warning_of_a_bad_row_names_the_function(op, backend):
+    xs, tables = [normal(3, 4), normal(3, 2).fill_(torch.nan)], [normal(5, 4), normal(5, 2)]
+    with pytest.warns(RuntimeWarning, match=f"^{op}: 3 rows hold NaN"):
+        getattr(ops, op)(xs, tables, backend=backend)
+
+
 def test_opcheck():
     x, codebook = normal(9, 1, 9).requires_grad_(), normal(1, 20, 9).requires_grad_()
     opcheck("quantize", x, codebook, [6, 3], [1.0, 2.0], "cosine", 0.25, 1.0, True)

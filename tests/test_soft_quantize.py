@@ -1,5 +1,7 @@
 """soft_quantize against its twin in float64, the published index propagation's numbers, and the edges of api.md."""
 
+import math
+
 import pytest
 import torch
 from golden_values import Case
@@ -164,6 +166,22 @@ def test_gradients_of_the_logits_cancel(rows, codes, width, out, scale, seed):
     assert gradient.isfinite().all() and gradient.sum().abs() <= 2e-6 * size
     quantized, _ = soft_quantize(x, keys, values[:1].expand(codes, out), scale=scale, bias=bias, backend="native")
     assert torch.autograd.grad(quantized, bias, upstream)[0].abs().max() <= 2e-6 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tie_of_large_logits_is_a_tie(dtype):
+    """p = (1/2, 1/2, 0): dl = p (a - <a>) of the two, whatever the size of their logits."""
+    x, keys = torch.tensor([[1.0, 2.0]], dtype=dtype), torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=dtype)
+    values = torch.tensor([[3.0], [1.0], [7.0]], dtype=dtype)
+    for scale in (1.0, 1e10, 1e20):
+        (k,) = leaves(keys)
+        quantized, ids = soft_quantize(x, k, values, scale=scale, backend="native")
+        (gradient,) = torch.autograd.grad(quantized.sum(), k)
+        rest = math.exp(-2) if scale == 1 else 0.0
+        p = torch.tensor([1.0, 1.0, rest], dtype=torch.float64) / (2 + rest)
+        expected = p * (values[:, 0].double() - (p * values[:, 0].double()).sum())
+        assert ids == 0 and quantized == 3
+        assert_near(gradient / scale, expected[:, None] * x.double(), 1e-6)
 
 
 def test_second_derivative_raises():

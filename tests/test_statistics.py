@@ -278,6 +278,7 @@ EMA_BAD = {
     "eps": ("eps", ValueError, {"eps": -1e-5}),
     "eps kind": ("eps", TypeError, {"eps": None}),
     "metric": ("metric", ValueError, {"metric": "x"}),
+    "normalize_mean": ("normalize_mean", TypeError, {"normalize_mean": "yes"}),
     "backend": ("backend", ValueError, {"backend": "x"}),
 }
 

@@ -182,7 +182,8 @@ static void sweep(const Softmax<T>& s, int64_t chunk, T* scratch, Prepare prepar
           high = score > high ? score : high;
         }
         const int64_t row = t * kTile + r;
-        if (!any_above(high, broadcast(s.cut + s.log_total[row] + s.top[row]))) continue;
+        // Differences first: top + cut would round to top where logits are large, and leave out the best code itself.
+        if (!any_above(high - broadcast(s.top[row]) - broadcast(s.log_total[row]), broadcast(s.cut))) continue;
         if (!marked) prepare(t, p);
         marked |= 1 << r;
         for (int64_t l = 0; l < kCodes; l += kLanes) {

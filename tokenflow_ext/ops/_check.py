@@ -16,7 +16,7 @@ def floating(op: str, name: str, value) -> torch.Tensor:
         raise TypeError(f"{op}: {name}: wanted a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{op}: {name}: wanted float32, float64, float16 or bfloat16, got {value.dtype}")
-    return value
+    return dense(op, name, value)
 
 
 def ids(op: str, name: str, value) -> torch.Tensor:
@@ -25,6 +25,13 @@ def ids(op: str, name: str, value) -> torch.Tensor:
         raise TypeError(f"{op}: {name}: wanted a tensor, got {type(value).__name__}")
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name}: wanted int64, got {value.dtype}")
+    return dense(op, name, value)
+
+
+def dense(op: str, name: str, value: torch.Tensor) -> torch.Tensor:
+    """`value` if its elements lie in memory at strides, else TypeError: kernels read no sparse tensor."""
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name}: wanted a dense tensor, got {value.layout}")
     return value
 
 

@@ -4,7 +4,7 @@ import torch
 
 from tokenflow_ext.ops._multiscale_common import cells_of, contiguous, grid_rows, norms_space, refuse_outside
 from tokenflow_ext.ops._native import runs_on
-from tokenflow_ext.ops._operator import define, define_autograd, define_backward
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward, once
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -134,7 +134,7 @@ def _decode_setup(ctx, inputs, output):
 
 def _decode_autograd(ctx, grad, *_):
     indices, code_rows, code_norms, weight, bias = ctx.saved_tensors
-    grads = MULTISCALE_DECODE_BACKWARD(indices, code_rows, code_norms, grad, weight, bias, *ctx.options)
+    grads = MULTISCALE_DECODE_BACKWARD(indices, once(code_rows), code_norms, grad, weight, bias, *ctx.options)
     wanted = ctx.needs_input_grad[1:4]
     return None, *(g if w else None for g, w in zip(grads, wanted)), *(None,) * 7
 
@@ -194,7 +194,8 @@ def _chain_setup(ctx, inputs, output):
 
 
 def _chain_autograd(ctx, grad_inputs, *_):
-    grad = MULTISCALE_CHAIN_BACKWARD(*ctx.saved_tensors, grad_inputs, *ctx.options)
+    indices, code_rows, code_norms = ctx.saved_tensors
+    grad = MULTISCALE_CHAIN_BACKWARD(indices, once(code_rows), code_norms, grad_inputs, *ctx.options)
     return None, grad, *(None,) * 4
 
 

@@ -4,7 +4,7 @@ import torch
 
 from tokenflow_ext.ops._multiscale_common import cells_of, contiguous, grid_rows, norms_space
 from tokenflow_ext.ops._native import runs_on, warn_non_finite
-from tokenflow_ext.ops._operator import define, define_autograd, define_backward, not_differentiable
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward, not_differentiable, once
 from tokenflow_ext.ops.search import tables_of
 
 
@@ -82,7 +82,8 @@ def _quantize_setup(ctx, inputs, output):
 
 
 def _quantize_autograd(ctx, grad_quantized, grad_indices, grad_loss, *_):
-    *saved, weight, bias = ctx.saved_tensors
+    features, indices, rows, *codes, weight, bias = ctx.saved_tensors
+    kept = features, indices, once(rows), *codes
     if grad_quantized is None and grad_loss is None:
         return (None,) * 14
     wants_features = ctx.needs_input_grad[0]
@@ -90,7 +91,7 @@ def _quantize_autograd(ctx, grad_quantized, grad_indices, grad_loss, *_):
     wants_codebook = ctx.needs_input_grad[1] and grad_loss is not None
     wants_phi = weight is not None and any(ctx.needs_input_grad[2:4]) and grad_loss is not None
     grads = MULTISCALE_QUANTIZE_BACKWARD(
-        *saved, grad_quantized, grad_loss, weight, bias, *ctx.options, wants_features, wants_codebook, wants_phi
+        *kept, grad_quantized, grad_loss, weight, bias, *ctx.options, wants_features, wants_codebook, wants_phi
     )
     wanted = (wants_features, wants_codebook, wants_phi, wants_phi)
     return *(g if w else None for g, w in zip(grads, wanted)), *(None,) * 10

@@ -7,6 +7,7 @@ dispatcher, and so do subclasses of tensors and tensors that stand for others. B
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from tokenflow_ext.ops import _native
 
@@ -29,9 +30,12 @@ class Operator:
         self.tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
 
     def __call__(self, *args):
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        if forward_ad._current_level >= 0 and self.function is not None:
+            self._refuse_tangents(args)
         if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
+            torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
             or torch._C._are_functorch_transforms_active()
             or torch._C._get_tracing_state() is not None
@@ -47,6 +51,13 @@ class Operator:
         if tracked and self.function is not None and torch.is_grad_enabled():
             return self.function.apply(*args)
         return self.kernel(*args)
+
+    def _refuse_tangents(self, args) -> None:
+        """NotImplementedError where forward-mode differentiation would go on with a zero."""
+        for tensor in args[: self.tensors]:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                name = self.op._schema.name.split("::")[1]
+                raise NotImplementedError(f"{name}: it has a backward and no jvp, a forward derivative was asked for")
 
 
 def define(schema: str, kernel, fake) -> Operator:
@@ -105,6 +116,15 @@ def define_backward(schema: str, kernel, fake) -> Operator:
 
     define_autograd(operator, lambda ctx, inputs, output: None, twice)
     return operator
+
+
+def once(kept: torch.Tensor) -> torch.Tensor:
+    """What forward kept, for the backward that reads it: where a graph of the gradient is wanted it requires grad itself.
+
+    Otherwise a gradient would be a constant to that graph where all that it depends on was kept by value, and a second
+    derivative would lack its part without a word.
+    """
+    return kept.detach().requires_grad_() if torch.is_grad_enabled() else kept
 
 
 def not_differentiable(ctx, *outputs: torch.Tensor | None) -> None:

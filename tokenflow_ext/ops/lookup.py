@@ -8,12 +8,12 @@ from tokenflow_ext.ops._native import check_ids, runs_on, use_native
 from tokenflow_ext.ops._operator import define, define_autograd, define_backward
 
 
-def _lookup(indices, codebook):
+def _lookup(indices, codebook, op="lookup"):
     indices, codebook = indices.contiguous(), codebook.contiguous()
     rows = codebook.new_empty((*indices.shape, codebook.shape[-1]))
     core, where = runs_on(codebook)
     outside, _ = core.lookup(indices, codebook, rows, *where)
-    check_ids("lookup", outside, codebook.shape[-2])
+    check_ids(op, outside, codebook.shape[-2])
     return rows
 
 
@@ -31,13 +31,13 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad_rows):
-    return None, LOOKUP_BACKWARD(ctx.saved_tensors[0], grad_rows, ctx.shape)
+    return None, LOOKUP_BACKWARD(ctx.saved_tensors[0], grad_rows, ctx.shape), None
 
 
 LOOKUP = define(
-    "lookup(Tensor indices, Tensor codebook) -> Tensor",
+    'lookup(Tensor indices, Tensor codebook, str op="lookup") -> Tensor',
     _lookup,
-    lambda indices, codebook: codebook.new_empty((*indices.shape, codebook.shape[-1])),
+    lambda indices, codebook, op="lookup": codebook.new_empty((*indices.shape, codebook.shape[-1])),
 )
 LOOKUP_BACKWARD = define_backward(
     "lookup_backward(Tensor indices, Tensor grad_rows, SymInt[] shape) -> Tensor",
@@ -82,7 +82,7 @@ def _gather(op: str, indices: torch.Tensor, codebook: torch.Tensor, backend: str
     if not use_native(op, backend, indices, codebook):
         _check.ids_in_range(op, indices, codebook.shape[-2])
         return reference.lookup(indices, codebook)
-    return LOOKUP(indices, codebook)
+    return LOOKUP(indices, codebook, op)
 
 
 def shared_lookup(indices: torch.Tensor, codebooks, *, backend: str = "auto") -> tuple[torch.Tensor, ...]:

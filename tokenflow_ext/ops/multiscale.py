@@ -165,6 +165,8 @@ def multiscale_rows(
     made = check.setup(
         op, codebooks, scales, features.shape[2:], metric, phi, normalize_codes, weights=weights, features=features
     )
+    _check.non_negative(op, "commitment_weight", commitment_weight)
+    _check.non_negative(op, "codebook_weight", codebook_weight)
     check.prefix(op, indices, made, codebooks, whole=True)
     if indices.shape[0] != features.shape[0]:
         raise ValueError(f"{op}: indices: wanted {features.shape[0]} rows, as many as features, got {indices.shape[0]}")

@@ -6,7 +6,7 @@ from tokenflow_ext import reference
 from tokenflow_ext._types import Quantized
 from tokenflow_ext.ops import _check
 from tokenflow_ext.ops._native import in_type, quietly, real, runs_on, use_native, warn_non_finite
-from tokenflow_ext.ops._operator import define, define_autograd, define_backward, not_differentiable
+from tokenflow_ext.ops._operator import define, define_autograd, define_backward, not_differentiable, once
 from tokenflow_ext.ops.search import concatenate, tables_of
 
 # What a training step asks for beside the result: nothing, the rows of every code, or those and their sums.
@@ -28,7 +28,7 @@ def _quantize(
         x, codebook, tables_of(widths, weights, metric), commitment_weight + codebook_weight, quantized, indices, loss,
         searched, code_rows, code_norms, *where,
     )  # fmt: skip
-    warn_non_finite("quantize", bad)
+    warn_non_finite("shared_quantize" if len(widths) > 1 else "quantize", bad)
     if statistics != NOTHING:
         core.code_statistics(x if sums is None else searched, indices, counts, sums, *quietly(where))
     return outputs
@@ -90,7 +90,7 @@ def _backward(ctx, grad_quantized, grad_indices, grad_loss, *_):
     # Straight-through values send nothing to the codebook.
     reaches_codebook = wants_codebook and grad_loss is not None
     grad_x, grad_codebook = QUANTIZE_BACKWARD(
-        x, code_rows, code_norms, indices, grad_quantized, grad_loss, *ctx.options, wants_x, reaches_codebook
+        x, once(code_rows), code_norms, indices, grad_quantized, grad_loss, *ctx.options, wants_x, reaches_codebook
     )
     return grad_x if wants_x else None, grad_codebook if reaches_codebook else None, *(None,) * 7
 

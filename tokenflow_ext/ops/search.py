@@ -26,7 +26,7 @@ def _nearest_code(x, codebook, metric, topk=1, window=None, with_scores=False, w
     lo, hi = window or (0, codebook.shape[-2])
     core, where = runs_on(x)
     _, bad = core.nearest_code(x, codebook, tables, topk, lo, hi, indices, scores, *where)
-    warn_non_finite("nearest_code", bad)
+    warn_non_finite("shared_nearest_code" if widths else "nearest_code", bad)
     return [indices, scores] if with_scores else [indices]
 
 
@@ -85,6 +85,7 @@ def nearest_code(
     op = "nearest_code"
     _check.rows_fit(op, x, codebook)
     _check.metric(op, metric)
+    _check.flag(op, "return_scores", return_scores)
     lo, hi = (0, codebook.shape[-2]) if window is None else _window(op, window, codebook.shape[-2])
     if not 1 <= _check.integer(op, "topk", topk) <= hi - lo:
         raise ValueError(f"{op}: topk: wanted 1 to {hi - lo} codes of the window, got {topk}")

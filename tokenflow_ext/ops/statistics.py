@@ -142,6 +142,7 @@ def ema_update_(
     if not 0 <= _check.number(op, "decay", decay) <= 1:
         raise ValueError(f"{op}: decay: wanted a number in [0, 1], got {decay}")
     _check.non_negative(op, "eps", eps)
+    _check.flag(op, "normalize_mean", normalize_mean)
     wanted = {
         "ema_counts": codebook.shape[:-1],
         "ema_sums": codebook.shape,

@@ -40,6 +40,7 @@ class MultiScaleQuantizer(FullPrecision):
         scale_weights: w_s >= 0, loss = sum_s w_s loss_s / sum_s w_s over the scales of the batch; None for the plain mean, which
             costs less: the op sums it up itself, where weights need the pooled rows again ("codes") or the map after every
             scale ("accumulated").
+        backend: "auto", "native" or "reference", for the quantizer inside as well; None leaves it the quantizer's.
 
     Attributes:
         scale_hits: [S, K] int64, how often each scale's rows chose each code in training since `reset_usage`.
@@ -59,6 +60,7 @@ class MultiScaleQuantizer(FullPrecision):
     def __init__(
         self, quantizer: Quantizer, scales: Sequence[int | tuple[int, int]], *, phi=None, loss_on: str = "codes",
         normalize_codes: bool | None = None, scale_dropout: float = 0.0, scale_weights: Sequence[float] | None = None,
+        backend: str | None = None,
     ):  # fmt: skip
         super().__init__()
         name = type(self).__name__
@@ -71,6 +73,7 @@ class MultiScaleQuantizer(FullPrecision):
             raise ValueError(
                 f"{name}: quantizer: wanted one with the gradient {self.gradient!r}, got {quantizer.gradient!r}"
             )
+        backend = quantizer.backend if backend is None else ops._check.backend(name, backend)
         self.scales = _multiscale_check.grids(name, scales)
         _multiscale_check.loss_on(name, loss_on, phi)
         _multiscale_check.unit_codes(name, quantizer.metric, normalize_codes)
@@ -86,6 +89,7 @@ class MultiScaleQuantizer(FullPrecision):
                 self.register_parameter(key, value) if isinstance(value, nn.Parameter) else self.register_buffer(
                     key, value
                 )
+        quantizer.backend = backend
 
     def _checked_weights(self, weights) -> list[float]:
         if isinstance(weights, (str, torch.Tensor)) or not isinstance(weights, Sequence):

@@ -77,6 +77,7 @@ class SharedIndexQuantizer(Quantizer):
         dims: D_t of the tables.
         codebook_size: K, common to the tables.
         weights: of the distances, 1 each by default; they choose the index and do not enter the loss.
+        groups: 1, as tables that share an index have no groups; taken so that both quantizers take the same keywords.
 
     The other keywords are those of `VectorQuantizer`; the rotation is table by table.
 
@@ -89,15 +90,17 @@ class SharedIndexQuantizer(Quantizer):
     """
 
     def __init__(
-        self, dims: Sequence[int], codebook_size: int, *, weights: Sequence[float] | None = None, metric: str = "cosine",
-        update: str = "gradient", commitment_weight: float = 0.25, codebook_weight: float = 1.0, entropy_weight: float = 0.0,
-        entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99, kmeans_init: bool = False,
-        dead_code_threshold: float = 0, gradient: str = "straight_through", channel_dim: int = -1, backend: str = "auto",
+        self, dims: Sequence[int], codebook_size: int, *, weights: Sequence[float] | None = None, groups: int = 1,
+        metric: str = "cosine", update: str = "gradient", commitment_weight: float = 0.25, codebook_weight: float = 1.0,
+        entropy_weight: float = 0.0, entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99,
+        kmeans_init: bool = False, dead_code_threshold: float = 0, gradient: str = "straight_through", channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
         if not isinstance(dims, Sequence) or isinstance(dims, str):
             raise TypeError(f"SharedIndexQuantizer: dims: wanted a sequence of widths, got {type(dims).__name__}")
         if not 1 <= len(dims) <= 16:
             raise ValueError(f"SharedIndexQuantizer: dims: wanted 1 to 16 widths, got {len(dims)}")
+        if _check.integer("SharedIndexQuantizer", "groups", groups) != 1:
+            raise ValueError(f"SharedIndexQuantizer: groups: wanted 1, for its tables share one index, got {groups}")
         super().__init__(
             dims, codebook_size, 1, weights, metric, update, commitment_weight, codebook_weight, entropy_weight,
             entropy_temperature, entropy_eps, decay, kmeans_init, dead_code_threshold, channel_dim, backend,
