@@ -93,7 +93,8 @@ class SharedIndexQuantizer(Quantizer):
         self, dims: Sequence[int], codebook_size: int, *, weights: Sequence[float] | None = None, groups: int = 1,
         metric: str = "cosine", update: str = "gradient", commitment_weight: float = 0.25, codebook_weight: float = 1.0,
         entropy_weight: float = 0.0, entropy_temperature: float = 0.01, entropy_eps: float = 1e-5, decay: float = 0.99,
-        kmeans_init: bool = False, dead_code_threshold: float = 0, gradient: str = "straight_through", channel_dim: int = -1, backend: str = "auto",
+        kmeans_init: bool = False, dead_code_threshold: float = 0, gradient: str = "straight_through",
+        channel_dim: int = -1, backend: str = "auto",
     ):  # fmt: skip
         if not isinstance(dims, Sequence) or isinstance(dims, str):
             raise TypeError(f"SharedIndexQuantizer: dims: wanted a sequence of widths, got {type(dims).__name__}")
