@@ -87,7 +87,7 @@ def test_autocast_does_not_reach_the_quantizer(model, images):
     assert torch.equal(indices, model.quantizer.encode(features.float()))
 
 
-def small_training(run_dir, *, steps=6, model_hook=None, seed=3):
+def small_training(run_dir, *, steps=6, model_hook=None, seed=3, **changes):
     torch.manual_seed(seed)
     model = TokenFlow(Config(codebook_size=64, widths=(8, 16, 32), teacher_dim=8))
     if model_hook is not None:
@@ -98,7 +98,7 @@ def small_training(run_dir, *, steps=6, model_hook=None, seed=3):
     recipe = replace(
         TINY,
         loss=replace(TINY.loss, perceptual=0.0),
-        optimizer=replace(TINY.optimizer, batch=8, rate=5e-3, warmup=2),
+        optimizer=replace(TINY.optimizer, **{"batch": 8, "rate": 5e-3, "warmup": 2, **changes}),
     )
     return train_tokenizer(model, pictures, targets, run_dir, steps=steps, seed=seed, recipe=recipe, key="test")
 
@@ -111,6 +111,13 @@ def test_training_by_steps_repeats_and_lowers_the_loss(tmp_path):
     assert stage.history["PSNR"][-1][1] > stage.history["PSNR"][0][1]
     assert stage.history["semantic"][-1][1] < stage.history["semantic"][0][1]
     assert stage.finished and stage.step == 11
+
+
+def test_zero_means_the_same_as_in_tokenflow_train(tmp_path):
+    """No clipping, no warm-up, revival to the end."""
+    model, stage = small_training(tmp_path, steps=11, clip=0.0, warmup=0, revive_until=0.0)
+    assert model.quantizer.quantizer.codebook.dead_code_threshold > 0
+    assert stage.history["PSNR"][-1][1] > stage.history["PSNR"][0][1]
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):

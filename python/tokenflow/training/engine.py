@@ -125,9 +125,8 @@ class _Run:
     def go(self) -> Path:
         try:
             self._restore()
-            if (
-                self.done >= self.config.optimizer.steps
-            ):  # perhaps killed between its last checkpoint and the model's folder
+            # A run may have been killed between its last checkpoint and the model's folder.
+            if self.done >= self.config.optimizer.steps:
                 self._write_model()
             self._train()
         finally:

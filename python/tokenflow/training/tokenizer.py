@@ -51,7 +51,7 @@ def train_tokenizer(
         seconds: training time, summed over restarts.
         steps: number of steps instead of a time: the same seed then gives the same weights.
         seed: of the initial weights, the batches and the flips.
-        recipe: losses and optimiser. Where ST-LPIPS is not installed, its term is left out.
+        recipe: losses and optimiser; rates follow a cosine. Where ST-LPIPS is not installed, its term is left out.
         key: names the pictures; a checkpoint of other pictures is refused.
 
     Returns:
@@ -77,21 +77,22 @@ def train_tokenizer(
         parts={"model": model, "average": average, **optimizers},
         dtype=fast_dtype(images.device),
     )
+    warmup = max(1, recipe.steps_of(o.warmup))
     model.train()
     for step in stage:
         at = int(stage.progress * o.steps)
         rows = batch_rows(step, len(images), o.batch, seed)
         x, target = flipped(images[rows].float().div_(127.5).sub_(1.0), targets[rows])
-        if at >= recipe.steps_of(o.revive_until):
+        if at >= recipe.steps_of(o.revive_until) > 0:
             model.quantizer.quantizer.codebook.dead_code_threshold = 0.0
         with autocast(images.device):
             out = model(x)
             loss = objective.generator(at, x, out.images, quantizer=out.loss, semantic=(out.semantic, target))
         model.zero_grad(set_to_none=True)
         loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
         for name, optimizer in optimizers.items():
-            stage.set_rate(optimizer, parts.peak_rate(recipe, name), warmup=o.warmup, floor=o.floor)
+            stage.set_rate(optimizer, parts.peak_rate(recipe, name), warmup=warmup, floor=o.floor)
             optimizer.step()
         average.update()
         if step % 10 == 0:
